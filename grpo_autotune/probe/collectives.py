@@ -62,7 +62,7 @@ class Collectives:
         """Have a span opened once DDP has all gradients, for the wait of its reducer; it ends with the backward pass.
         Callbacks run in the order in which they were queued, and the reducer queues its own with the last gradient."""
         if getattr(self._trainer.model_wrapped, "require_backward_grad_sync", False) and loss.requires_grad:
-            queue = torch.autograd.Variable._execution_engine.queue_callback  # type: ignore[attr-defined]
+            queue = torch.autograd.Variable._execution_engine.queue_callback
             loss.register_hook(lambda gradient: queue(self._reduced))
 
     def _reduced(self) -> None:

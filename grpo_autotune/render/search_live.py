@@ -46,8 +46,9 @@ class SearchView:
     def show(self, state: SearchProgress) -> None:
         self.tell(state)
         place = state.trial.place
-        beside = {} if place is None else {other: line for other, line in self._now.items() if other is not None}
-        self._now = {**beside, place: _trial(state)}
+        for other in [other for other in self._now if place is None or other is None]:
+            del self._now[other]
+        self._now[place] = _trial(state)
         if self._live is not None:
             lines = panel(state, list(self._now.values()))
             self._live.update(Padding(Group(*map(Text, lines)), (0, 1)), refresh=True)
@@ -57,11 +58,11 @@ class SearchView:
             self._printed_trials.add(number)
             self._printed_s = now
             self.say(plain_line(state))
-            lines = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
-            for why, line in {**lines, **dict.fromkeys(state.said)}.items():
+            skipped = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
+            for why, line in {**skipped, **dict(zip(state.said, state.said, strict=True))}.items():
                 if why not in self._printed_reasons:
                     self._printed_reasons.add(why)
-                    self.say(line or why)
+                    self.say(line)
 
 
 def panel(state: SearchProgress, now: Sequence[str] = ()) -> list[str]:

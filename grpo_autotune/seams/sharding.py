@@ -34,9 +34,8 @@ class Sharding(NamedTuple):
 def asked_for(keys: Any) -> str | None:
     """The key of `grpo`, or the variable of `accelerate launch`, that asks for sharding; None without any. `keys` is
     the section, or an object with its values."""
-    value = keys.get if isinstance(keys, dict) else lambda key: getattr(keys, key, None)
     for key, variable in SHARDING.items():
-        if value(key):
+        if keys.get(key) if isinstance(keys, dict) else getattr(keys, key, None):
             return f"grpo.{key}"
         if os.environ.get(variable, "").lower() in ("1", "true"):
             return variable

@@ -77,7 +77,7 @@ class StepCheck(Installed):
         """A backward pass, but not by DeepSpeed's engine where it is tried."""
         if not self._trying or self.trainer.accelerator.state.deepspeed_plugin is None:
             return call_next(loss, *args, **kwargs)
-        (loss * getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0)).backward()
+        (loss * getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0)).backward()  # type: ignore[no-untyped-call]
         return None
 
     def _compare(self, window: list[Batch], lives: bool, model: Any, loss_of: Callable[[Batch], Any]) -> None:
@@ -144,7 +144,7 @@ class Gradients:
         self._taken: dict[int, torch.Tensor] = {}
         for weight in weights:
             weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-            weight.register_post_accumulate_grad_hook(self._take)
+            weight.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
             size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 has emptied it
             sampled = len(range(0, size, _distance(size)))
             self._taken[id(weight)] = torch.zeros(sampled, device=weight.device)

@@ -83,7 +83,8 @@ speed | TRL pads a micro batch to its longest completion; `speedups: auto` forwa
     model.use_remove_padding actor.use_remove_padding .use_prefix_grouper .pad_to_length
 speed | another kernel for the same numbers | model.use_fused_kernels .fused_kernel_options. .use_liger .tiled_mlp.
     .enable_activation_offload actor.entropy_ .use_fused_kernels .use_torch_compile
-speed | where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs | actor.fsdp_config.
+speed | where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs |
+    actor.fsdp_config.
     .fsdp_size .megatron. .veomni. .engine. .torchtitan. .automodel. .model_engine .load_weight ref.torchtitan.
     .automodel. .fsdp_config. .megatron. .veomni. .strategy .ulysses_sequence_parallel_size model_engine actor@ ref@
     optim.override_optimizer_config.
@@ -132,7 +133,8 @@ none | TRL corrects by importance weights alone | algorithm.rollout_correction.r
     .rollout_correction.rollout_is_batch_normalize
 """,
     "easyr1": """
-speed | where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs | actor.fsdp. .offload.
+speed | where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs |
+    actor.fsdp. .offload.
     ref. hybrid_engine
 speed | TRL pads a micro batch to its longest completion | actor.padding_free
 speed | a micro batch of the source holds more completions where they are short | actor.dynamic_batching

@@ -112,10 +112,10 @@ class Decoder:
                 self.record.append(logits_BV.clone())
             text.add(process(text.ids, logits_BV))
             left = text.left()
-            goes_on = self.any_rank is not None and self.any_rank(left != 0)
+            goes_on = self.any_rank if self.any_rank is not None and self.any_rank(left != 0) else None
             if left == 0:
-                if goes_on:
-                    self._keep_up(step, text.ids[inside], self.any_rank)
+                if goes_on is not None:
+                    self._keep_up(step, text.ids[inside], goes_on)
                 self.steps -= text.surplus
                 if self.record is not None:
                     del self.record[len(self.record) - text.surplus :]

@@ -49,7 +49,7 @@ Kind = tuple[bool, bool, bool]
 """Of a row: its prompt is padded (a model may count positions by the mask), it has images (a model may look at them
 both ways), its completion looks back at itself. A model that passes on one kind may fail on another."""
 
-KINDS: tuple[Kind, ...] = tuple(itertools.product((False, True), repeat=3))
+KINDS: tuple[Kind, ...] = tuple(itertools.product((False, True), (False, True), (False, True)))
 
 
 class SharedPrefix:
@@ -139,7 +139,7 @@ class _SharedPrefix(Installed):
         ) -> Scores:
             media = {name: value for name, value in given.items() if name not in SETTINGS}
             batch = rows = None
-            if self._takes(groups.current, len(ids_BW), given):
+            if groups.current is not None and self._takes(groups.current, len(ids_BW), given):
                 batch = batch_of(ids_BW, mask_BW, width_C, groups.current, media, groups.known)
                 rows = self._rows(batch, given.get("batch_size"))
 
