@@ -124,8 +124,9 @@ test-trl-ends: .venv/.installed $(TRL_ENDS:%=.venv-trl/%/.installed) ## try the 
 
 # A version of TRL by itself, to be imported in front of the one in .venv; and the oldest of all ranges, with what it needs.
 .venv-trl/oldest/.installed: | .venv/.installed
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --target $(@D) 'huggingface_hub<2'
 	@$(BIN)/python -m pip install -qq --no-compile --no-deps --disable-pip-version-check --target $(@D) trl==1.12.0 \
-		transformers==5.10.0 peft==0.18.0 'huggingface_hub<2' 'tokenizers<0.23'
+		transformers==5.17.0 peft==0.18.0
 	@touch $@
 
 .venv-trl/%/.installed: | .venv/.installed

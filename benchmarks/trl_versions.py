@@ -165,8 +165,8 @@ def faults(row: dict[str, Any]) -> Iterator[str]:
             yield f"{case}: {found}"
 
 
-def in_a_process(version: str, short: bool) -> dict[str, Any]:
-    """The row of one version."""
+def in_a_process(version: str, short: bool) -> dict[str, Any] | None:
+    """The row of one version; None where its process ended with an error, which it has told."""
     paths = [str(WHEELS / version), str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.trl_versions", "--here", *["--short"] * short]
@@ -174,7 +174,7 @@ def in_a_process(version: str, short: bool) -> dict[str, Any]:
     with suppress(ValueError, IndexError):
         row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return row
-    raise SystemExit(f"TRL {version}: ended with {done.returncode}")
+    return None
 
 
 def main() -> int:
@@ -188,20 +188,24 @@ def main() -> int:
     if options.here:
         print(f"\n{json.dumps(here(options.short))}")
         return 0
-    rows = []
+    rows, failed = [], False
     for version in options.versions:
         row = in_a_process(version, options.short)
+        if row is None:
+            print(f"TRL {version}: ended with an error", flush=True)
+            failed = True
+            continue
         rows.append(row)
         wrong = list(faults(row))
         largest = max(found["weights"] for found in row["exact"].values())
         beside = f"transformers {row['transformers']}, PEFT {row['peft']}"
         told = f"TRL {row['trl']}, {beside}: {row['probe']['seams']} seams, weights {largest:.1e} apart"
         print(told, *wrong, sep="\n  ", flush=True)
-    if options.write:
+    if options.write and not failed:
         from benchmarks.result import write
 
         write(NAME, f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}", rows, {})
-    return int(any(wrong for row in rows for wrong in faults(row)))
+    return int(failed or any(wrong for row in rows for wrong in faults(row)))
 
 
 if __name__ == "__main__":

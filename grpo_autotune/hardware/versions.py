@@ -47,7 +47,7 @@ benchmarks): every speed-up, and all of them together. With another one micro st
 
 PACKAGES = (
     TRL,
-    Package("transformers", ">=5.10", ("5.10.0", "5.17.0", "5.23.0"), True, "models and processors"),
+    Package("transformers", ">=5.17", ("5.17.0", "5.23.0"), True, "models and processors"),
     Package("peft", ">=0.18", ("0.18.0", "0.21.2"), True, "LoRA"),
     Package("accelerate", ">=1.10", (), True, "devices and processes"),
     Package("datasets", ">=4.7", (), True, "data"),
