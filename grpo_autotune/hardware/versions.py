@@ -67,7 +67,7 @@ def check_versions() -> None:
         present = row.present()
         if row.needed and present is not None and not row.fits(present[1]):
             raise EnvironmentProblem(
-                f"{row.distribution} {present[1]} is installed, and {row.versions} is needed", fix=f"{row.remedy}."
+                f"{row.distribution} {present[1]} is installed, and {row.versions} is needed", fix=f"Run {row.remedy}"
             )
     tell_untried()
 

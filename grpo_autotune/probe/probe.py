@@ -153,7 +153,8 @@ class Probe:
             return
         trainer, self._blind = self.trainer, True
         with as_warning("completions are not looked at from here on"):
-            self.tokens.see_output(self.closed, *self.rollout, output, end_tokens(trainer))
+            if self.rollout[0]:  # empty where its seam is gone
+                self.tokens.see_output(self.closed, *self.rollout, output, end_tokens(trainer))
             merge = getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1)
             self.images.see(self.closed, inputs, output, int(merge))
             if not self.watched:

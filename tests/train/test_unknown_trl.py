@@ -62,6 +62,7 @@ def test_a_seam_that_is_gone_costs_its_stage_alone(
     probe.detach()
 
 
+@pytest.mark.long
 def test_a_copy_with_a_renamed_method_is_probed_and_trained_with(tiny: Tiny, tmp_path: Path) -> None:
     package = Path(trl.__file__).parent
     wheel = tmp_path / "wheel"
