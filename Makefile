@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
+TRLS := oldest 1.12.0 1.13.0 1.14.2 1.15.0 1.16.0
+TRL_ENDS := $(firstword $(TRLS)) $(lastword $(TRLS))
 SCALE_BIN := .venv-scale/bin
 
 # Packages are installed uncompiled and Python keeps what it compiles: without, every child process of a test compiles
@@ -11,7 +13,7 @@ SCALE_BIN := .venv-scale/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-fast test-long test-gpu test-vllm test-scale check docs bench bench-gpu bench-vllm exact
+.PHONY: help install demo demo-text test test-fast test-long test-gpu test-vllm test-scale test-trl test-trl-ends check docs bench bench-gpu bench-vllm exact
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -95,6 +97,12 @@ test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own e
 test-scale: .venv-scale/.installed | $(AFTER) ## run the tests of training on several processes with DeepSpeed, in an environment of its own
 	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale
 
+test-trl: .venv/.installed $(TRLS:%=.venv-trl/%/.installed) ## try every version of TRL in turn: ten minutes; the JSON goes to docs/benchmarks
+	$(BIN)/python -m benchmarks.trl_versions --versions $(TRLS) --write
+
+test-trl-ends: .venv/.installed $(TRL_ENDS:%=.venv-trl/%/.installed) | $(AFTER) ## try the oldest and the newest version of TRL, in short
+	$(NICE) $(BIN)/python -m benchmarks.trl_versions --versions $(TRL_ENDS) --short
+
 .venv/.installed: pyproject.toml constraints.txt
 	$(call new_environment,.venv,constraints.txt,'.[dev]')
 	@touch $@
@@ -113,6 +121,17 @@ test-scale: .venv-scale/.installed | $(AFTER) ## run the tests of training on se
 	@$(SCALE_BIN)/python -m pip install -qq --disable-pip-version-check -c tests_scale/constraints.txt setuptools wheel
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(SCALE_BIN)/python -m pip install -qq --no-compile --no-build-isolation --disable-pip-version-check \
 		-c tests_scale/constraints.txt deepspeed
+	@touch $@
+
+# A version of TRL by itself, to be imported in front of the one in .venv; and the oldest of all ranges, with what it needs.
+.venv-trl/oldest/.installed: | .venv/.installed
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --target $(@D) 'huggingface_hub<2'
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps --disable-pip-version-check --target $(@D) trl==1.12.0 \
+		transformers==5.17.0 peft==0.18.0
+	@touch $@
+
+.venv-trl/%/.installed: | .venv/.installed
+	@$(BIN)/python -m pip install -qq --no-compile --no-deps --disable-pip-version-check --target $(@D) trl==$*
 	@touch $@
 
 # $(1) folder, $(2) constraints, $(3) what to install; Python compiles what is imported later, not all of it now

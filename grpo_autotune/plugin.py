@@ -55,7 +55,7 @@ def attach(trainer: Any, *, out_dir: str | Path | None = None) -> AttachedProbe:
 
     Raises:
         ConfigError: `trainer` is not a `GRPOTrainer`.
-        SeamError: The installed TRL lacks a method that holds a stage."""
+        SeamError: The installed TRL lacks the method that ends a step."""
     from trl import GRPOTrainer
 
     if not isinstance(trainer, GRPOTrainer):

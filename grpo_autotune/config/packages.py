@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.hardware.versions import check_versions
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",),
@@ -43,7 +44,9 @@ class Need(NamedTuple):
 
 
 def check_packages(config: RunConfig, overrides: Mapping[str, Any]) -> None:
-    """EnvironmentProblem for a key that needs a package which is not installed; `overrides` win over `grpo`'s keys."""
+    """EnvironmentProblem for a key that needs a package which is not installed, and for a package too old or too new;
+    `overrides` win over `grpo`'s keys."""
+    check_versions()
     for need in _needs(config, {**config.grpo, **overrides}):
         if not any(importlib.util.find_spec(package) for package in need.packages):
             what = f"{need.value} needs the package {need.packages[0]}, which is not installed"

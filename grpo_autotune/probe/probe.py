@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from grpo_autotune.console import HEARTBEAT_S, as_warning, warn
 from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
+from grpo_autotune.hardware.versions import tell_untried
 from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector, forget
@@ -40,7 +41,7 @@ from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.layers import AttributeSlot, Next, take_off, wrap
 from grpo_autotune.seams.sharding import sharding_fact
 from grpo_autotune.seams.table import CALLBACKS, TABLE
-from grpo_autotune.seams.trainer_access import base_of, image_tokens
+from grpo_autotune.seams.trainer_access import base_of, end_tokens, image_tokens
 from grpo_autotune.units import duration
 
 SPANS_FILE = "spans.jsonl"
@@ -50,7 +51,7 @@ _NUMBERS = itertools.count()
 
 
 class Probe:
-    """Measures `trainer` from now until `detach`; SeamError where the installed TRL lacks a method that holds a stage.
+    """Measures `trainer` from now until `detach`; SeamError where the installed TRL lacks the method that ends a step.
 
     Not measured are the first `warmup` steps, by default one cycle of generating and reusing, and one more with a
     `profile`: on a GPU, of the kernels of the first step of the last cycle that is not measured, where that is not the
@@ -110,6 +111,7 @@ class Probe:
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
             keep=lambda values: None if (probe := alive()) is None else probe._see_machine(values),
         )
+        tell_untried()
         self._handles = [*install(self), wrap(AttributeSlot(trainer, "train"), self._around_train)]
         shared = [handle.remove for handle in self._handles if handle.shared]
         for leave in (self._sampler.stop, self.recorder.abandon, *shared):
@@ -154,7 +156,8 @@ class Probe:
             return
         trainer, self._blind = self.trainer, True
         with as_warning("completions are not looked at from here on"):
-            self.tokens.see_output(self.closed, *self.rollout, output, trainer.eos_token_ids)
+            if self.rollout[0]:  # empty where its seam is gone
+                self.tokens.see_output(self.closed, *self.rollout, output, end_tokens(trainer))
             merge = getattr(getattr(trainer.processing_class, "image_processor", None), "merge_size", 1)
             self.images.see(self.closed, inputs, output, int(merge))
             if not self.watched:

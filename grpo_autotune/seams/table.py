@@ -1,6 +1,6 @@
 """The table of seams: which method of TRL, transformers, accelerate or vLLM holds which stage of an optimizer step.
 
-Read off TRL 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generation.py`) and transformers 5
+Read off TRL 1.12 to 1.16 (`trl/trainer/grpo_trainer.py`, `trl/generation/vllm_generation.py`) and transformers 5
 (`transformers/trainer.py`). The owner is an attribute path from the trainer, or the module whose global is replaced.
 """
 
@@ -22,7 +22,7 @@ from grpo_autotune.seams.layers import (
     wrap,
 )
 
-SUPPORTED = "TRL 1.16 with transformers 5"
+SUPPORTED = "TRL 1.12 to 1.16 with transformers 5"
 GRPO_MODULE = "trl.trainer.grpo_trainer"
 
 
@@ -93,6 +93,8 @@ TABLE = (
     Seam("save", "log_save_eval", "trainer", "_save_checkpoint", "save"),
 )
 CALLBACKS = {"optimizer": "TrainerCallback.on_pre_optimizer_step .. on_optimizer_step"}
+STEP_ENDS = "log_save_evaluate"
+"""The seam without which no step can be told from the next."""
 
 
 def find(key: str) -> Seam:
@@ -107,10 +109,25 @@ def slot_of(trainer: Any, row: Seam) -> Slot | None:
     if owner is None or not callable(getattr(owner, row.attribute, None)):
         if not row.needed(trainer):
             return None
-        holder = row.owner if owner is None else f"{type(owner).__module__}.{type(owner).__qualname__}"
+        is_object = owner is not None and row.owner.startswith("trainer")
+        holder = f"{type(owner).__module__}.{type(owner).__qualname__}" if is_object else row.owner
         what = f"stage `{row.stage or 'step'}` is measured at `{holder}.{row.attribute}`, which is not there"
         raise SeamError(what, fix=f"Supported: {SUPPORTED}; `grpo-autotune doctor` shows what is installed.")
     return ClassSlot(owner, row.attribute) if row.kind == "class" else AttributeSlot(owner, row.attribute)
+
+
+def lost(trainer: Any) -> dict[str, SeamError]:
+    """The rows of the table that the installed version does not have, by key, though this trainer needs them; their
+    stages are not measured. SeamError where that is the end of a step."""
+    gone: dict[str, SeamError] = {}
+    for row in TABLE:
+        try:
+            slot_of(trainer, row)
+        except SeamError as error:
+            if row.key == STEP_ENDS:
+                raise
+            gone[row.key] = error
+    return gone
 
 
 def wrap_rows(trainer: Any, layers: Iterable[tuple[Seam, Layer]], order: int = OUTER) -> list[Handle]:

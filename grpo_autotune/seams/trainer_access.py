@@ -24,6 +24,12 @@ def compute_dtype(trainer: Any) -> str:
     return str(trainer.model.dtype).removeprefix("torch.")
 
 
+def end_tokens(trainer: Any) -> list[int]:
+    """The tokens that end a completion; before TRL 1.14 the tokenizer's alone."""
+    ends: list[int] | None = getattr(trainer, "eos_token_ids", None)
+    return [trainer._tokenizer.eos_token_id] if ends is None else ends
+
+
 def base_of(model: Any) -> Any:
     """The transformers model itself, without PEFT around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -65,6 +65,7 @@ def in_copies(trainer: Any) -> str | None:
 
 
 LOSS = ("compute_loss", "_compute_loss")
+OF_LIGER = {*LOSS, "_get_per_token_logps_and_entropies"}
 GENERATION = ("_generate_and_score_completions",)
 MICRO_BATCH = (*LOSS, "_prepare_inputs", "training_step")
 """Methods that see a micro batch, from the scoring of its completions to its gradients."""
@@ -82,10 +83,14 @@ def overridden(trainer: Any, methods: tuple[str, ...]) -> str | None:
     adapters and their backbones, which are transformers', PEFT's or the model's own."""
     from trl import GRPOTrainer
 
+    if getattr(trainer, "use_liger_kernel", False) and OF_LIGER & {*methods}:  # an attribute that TRL 1.15 took away
+        return "grpo.use_liger_kernel is a loss of its own in TRL before 1.15"
     for method in methods:
         if method.startswith("model."):
             reason = _of_models(trainer, method.removeprefix("model."))
         else:
+            if not hasattr(trainer, method):
+                return f"the installed TRL has no `{method}`"
             cls = _owner(type(trainer), method)
             if not issubclass(GRPOTrainer, cls) and not cls.__module__.startswith("grpo_autotune."):
                 return f"{cls.__name__} has a `{method}` of its own"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune import registry
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.errors import ConfigError, SeamError
+from grpo_autotune.hardware.versions import tell_untried, unheld
 from grpo_autotune.seams.layers import INNER, OUTERMOST, AttributeSlot, Next, take_off, wrap
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.base import Installed, Removable, SpeedUp
@@ -17,7 +18,8 @@ from grpo_autotune.speedups.selection import AUTO, Selection, Wanted, load, sele
 _logger = logging.getLogger("grpo_autotune.speedups")
 
 Check = Literal["auto", "always"]
-"""When whole micro steps are compared with plain TRL's: where somebody else's code takes part in them, or always."""
+"""When whole micro steps are compared with plain TRL's: where somebody else's code takes part in them, or a version
+that speed-ups were not held against, or always."""
 
 
 class Row(NamedTuple):
@@ -44,10 +46,15 @@ class SpeedUps:
         _on.add(self)
 
     def _put_on(self) -> None:
-        self._groups = Groups(self._trainer)
+        names = dict.fromkeys([*registry.names("speedup"), *self._wanted])
         self._replaced = self._foreign()
         try:
-            for name in dict.fromkeys([*registry.names("speedup"), *self._wanted]):
+            self._groups: Removable = Groups(self._trainer)
+        except SeamError as error:
+            self._groups, self._rows = Installed("groups"), [Row(name, False, error.what) for name in names]
+            return
+        try:
+            for name in names:
                 self._rows.append(self._take(name, self._wanted.get(name)))
         except BaseException:
             self._take_off()
@@ -55,7 +62,7 @@ class SpeedUps:
         if not self._installed:
             self._groups.remove()
         self._layers = [wrap(AttributeSlot(self._trainer, "training_step"), self._step, OUTERMOST)]
-        asked = self._check == "always" or foreign_code(self._trainer) is not None
+        asked = self._check == "always" or unheld() or foreign_code(self._trainer) is not None
         if asked and in_parts(self._trainer) is None:
             from grpo_autotune.speedups.step_check import StepCheck
 
@@ -106,7 +113,10 @@ class SpeedUps:
             return Row(name, False, "not asked for")
         if (why_not := self._why_not(speedup)) is not None:
             return Row(name, False, why_not)
-        self._installed[name] = speedup.install(self._trainer)
+        try:
+            self._installed[name] = speedup.install(self._trainer)
+        except SeamError as error:
+            return Row(name, False, error.what)
         return Row(name, True, speedup.summary)
 
     def table(self) -> list[Row]:
@@ -159,18 +169,19 @@ def speed_up(trainer: Any, names: Wanted = AUTO, *, check: Check = "auto") -> Sp
         names: `auto` for all that fit, `none`, a name, or a list of names and of mappings with a name and options, such
             as `{"name": "shared_prefix", "form": "flex"}`.
         check: `auto` compares loss and gradients of a micro step with plain TRL's, on the first batch of each kind,
-            where somebody else's code is on the trainer or its model; `always` on every trainer.
+            where somebody else's code is on the trainer or its model, or speed-ups were not held against the installed
+            versions; `always` on every trainer.
 
     Returns:
         What was put on: `table()` tells what is on and why the rest is not, `facts()` what it did, `remove()` takes
         it off again.
 
     Raises:
-        ConfigError: An unknown name or option, not a `GRPOTrainer`, installed already, or training has begun.
-        SeamError: The installed TRL lacks a method that a speed-up wraps."""
+        ConfigError: An unknown name or option, not a `GRPOTrainer`, installed already, or training has begun."""
     from trl import GRPOTrainer
 
     wanted = selections(names)
+    tell_untried()
     if not isinstance(trainer, GRPOTrainer):
         raise ConfigError(f"speed_up() takes a trl.GRPOTrainer, got {type(trainer).__name__}")
     if hasattr(trainer, SPEED_UPS):

@@ -1,4 +1,5 @@
-"""Whole micro steps with the speed-ups and without, compared where somebody else's code takes part in them.
+"""Whole micro steps with the speed-ups and without, compared where somebody else's code takes part in them or a version
+that speed-ups were not held against. Of speed-ups that differ together those are off that differ alone, else all.
 
 On the first micro batch of each kind the loss goes backward without the speed-ups and with them, each from the same
 state, which is then put back: the micro step itself comes after that. Micro batches that `merge_passes` holds back are
@@ -12,7 +13,7 @@ import logging
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -55,10 +56,6 @@ class StepCheck(Installed):
         self._merging = next((one for one in self._parts if isinstance(one, Merging)), None)
         self._compared: set[Hashable] = set()
 
-    def fall_back(self, reason: str) -> None:
-        for one in self._parts:
-            one.fall_back(reason)
-
     def _loss(self, call_next: Next, /, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         waits = self._merging is not None and not window_ends(self.trainer)
         if self._parts and self.trainer.model.training and not waits and isinstance(inputs, Mapping):
@@ -93,23 +90,39 @@ class StepCheck(Installed):
         wider = [widened(batch, getattr(text, "pad_token_id", None) or 0) for batch in judged]
         relative = getattr(text, "rope_parameters", None) is not None  # else a column of padding is a position
         tried = functools.partial(self._tried, state, model, loss_of)
-        plain, again = (functools.partial(tried, batches, plain=True) for batches in (judged, wider))
+        plain, again = (functools.partial(tried, batches, self._parts) for batches in (judged, wider))
         dtype = getattr(torch, compute_dtype(trainer))
         what = "a micro step's loss, gradients or random draws"
         exact = all(one.exact or one.fell_back for one in self._parts)
+
+        def differs(left_out: Sequence[Installed] = ()) -> str | None:
+            verdict, fast = _Verdict(self.name), functools.partial(tried, judged, left_out)
+            SelfCheck(verdict).run(plain, fast, dtype, what, again if relative else None)
+            return verdict.fell_back
+
         try:
             with nullcontext() if exact else without_dropout(self.trainer.model):
-                SelfCheck(self).run(plain, functools.partial(tried, judged), dtype, what, again if relative else None)
+                while (parts := [one for one in self._parts if not one.fell_back]) and (why := differs()) is not None:
+                    alone = {one: differs([other for other in parts if other is not one]) for one in parts}
+                    guilty = {one: reason for one, reason in alone.items() if reason} or dict.fromkeys(parts, why)
+                    for one, reason in guilty.items():
+                        one.fall_back(reason)
         except torch.OutOfMemoryError:
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
 
     def _tried(
-        self, state: "State", model: Any, loss_of: Callable[[Batch], Any], window: list[Batch], plain: bool = False
+        self,
+        state: "State",
+        model: Any,
+        loss_of: Callable[[Batch], Any],
+        window: list[Batch],
+        left_out: Sequence[Installed],
     ) -> torch.Tensor:
-        """Gradients of a window, over their size when they were first tried, its loss, and what is drawn after it."""
+        """Gradients of a window without some speed-ups, over their size when they were first tried, its loss, and what
+        is drawn after it."""
         accelerator, gradients = self.trainer.accelerator, Gradients(state.weights)
-        fell_back = [one.fell_back for one in self._parts]
-        for one in self._parts if plain else ():
+        fell_back = {one: one.fell_back for one in left_out}
+        for one in left_out:
             one.fell_back = "being compared"
         if self._merging is not None:
             self._merging.held = list(map(dict, window[:-1]))
@@ -122,9 +135,9 @@ class StepCheck(Installed):
             drawn = torch.rand(1, device=sampled.device), torch.rand(1).to(sampled.device)
         finally:
             self._trying = False
-            fell_back = fell_back if plain else [one.fell_back for one in self._parts]
+            fell_back = {one: one.fell_back for one in self._parts} | fell_back
             state.put_back()
-            for one, reason in zip(self._parts, fell_back, strict=True):
+            for one, reason in fell_back.items():
                 one.fell_back = reason
             gradients.put_back()
             if self.trainer.is_fsdp_enabled:
@@ -175,6 +188,13 @@ def _leaves(trainer: Any) -> list[nn.Parameter]:
         leaves |= {id(weight): weight for weight in whole if weight.requires_grad}
         unit.reshard()
     return list(leaves.values())
+
+
+class _Verdict(Installed):
+    """Keeps why a comparison failed, and takes nothing off."""
+
+    def fall_back(self, reason: str) -> None:
+        self.fell_back = reason
 
 
 class State:

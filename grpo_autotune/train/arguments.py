@@ -110,10 +110,11 @@ def check_best_metric(
 
 
 def suppress_image_token(grpo: GRPOConfig, processor: Any, model: Any) -> None:
-    """Keep the image token among those that are never sampled, where the user's own list takes the place of TRL's."""
+    """Keep the image token among those that are never sampled: before TRL 1.16 it is not, and with it the user's own
+    list takes the place of TRL's."""
     given = grpo.generation_kwargs or {}
-    if not grpo.use_vllm and "suppress_tokens" in given and isinstance(processor, ProcessorMixin):
-        tokens = [*(given["suppress_tokens"] or []), model.config.image_token_id]
+    if not grpo.use_vllm and isinstance(processor, ProcessorMixin):
+        tokens = [*(given.get("suppress_tokens") or []), model.config.image_token_id]
         grpo.generation_kwargs = {**given, "suppress_tokens": tokens}
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import is_first_rank, is_live, progress_console
+from grpo_autotune.console import as_warning, is_first_rank, is_live, progress_console
 from grpo_autotune.hardware.device import memory_share
+from grpo_autotune.hardware.versions import check_log_probs
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
@@ -141,6 +142,7 @@ def build_trainer(
     modules = (sys.modules.get(resolve("reward", item.name).__module__) for item in config.rewards)
     branch_names = config.branches.by_name if config.branches is not None else ()
     check_best_metric(arguments.grpo, names, modules, config.data.eval, *branch_names, checkpoints=config.checkpoints)
+    check_log_probs(arguments.grpo.device.type)
     for note in arguments.notes:
         say(note)
     if eval_data is not None and arguments.grpo.eval_strategy == "no":
@@ -159,6 +161,7 @@ def build_trainer(
         zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
         model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
+    set_seed(arguments.grpo.seed)  # of an adapter's weights: TRL before 1.15 draws them unseeded
     with (
         phase("trainer"), as_config_errors("grpo"), unlocked_engine(config), fully_sharded.reference_by_layers()
     ):  # fmt: skip
@@ -238,7 +241,8 @@ def run_training(
         fit_checkpoint(trainer, start.checkpoint.path)
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
-    Measures(trainer)
+    with as_warning("measures of our own are not logged"):  # an unknown TRL may lack what they are read from
+        Measures(trainer)
     trainer.evaluations = EvaluationTable(trainer, config, folder, log, RowPrinter(say, console.width))
     trainer.add_callback(trainer.evaluations)
     trainer.monitors = Monitors(trainer, config, folder.path, log, resumes=resume)

@@ -20,6 +20,7 @@ from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 from grpo_autotune.rollout.colocate.placeholders import collapsed
 from grpo_autotune.seams import mixed_image_rows
 from grpo_autotune.seams.layers import AttributeSlot, wrap
+from grpo_autotune.seams.trainer_access import end_tokens
 from grpo_autotune.speedups.batches.groups import in_groups
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.train.arguments import as_config_errors, grpo_arguments, suppress_image_token, unlocked_engine
@@ -93,7 +94,7 @@ class Engine:
         self._n, self._greedy, self._seeds = n, greedy, list[int]()
         trainer.num_generations_eval = n
         trainer.model.eval()
-        self._ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+        self._ends = {*end_tokens(trainer), trainer._tokenizer.pad_token_id}
         self._image_id = getattr(processor, "image_token_id", None)
         if config.use_vllm:
             wrap(AttributeSlot(trainer.vllm_generation.llm, "generate"), self._with_seeds)

@@ -13,7 +13,7 @@ import pytest
 
 from grpo_autotune.doctor import checks as doctor
 from grpo_autotune.doctor import gpus
-from grpo_autotune.hardware import Gpu, Machine, detect
+from grpo_autotune.hardware import Gpu, Machine, detect, versions
 from tests.support.nvml import Card, with_gpus
 
 GIB = 2**30
@@ -61,16 +61,19 @@ def test_vllm_range_is_the_one_trl_names() -> None:
     ("installed", "status", "detail"),
     [
         ({"trl": "1.16.0"}, "ok", "1.16.0"),
-        ({"trl": "1.15.2"}, "fail", "outside"),
-        ({"trl": "1.17.0"}, "fail", "outside"),
+        ({"trl": "1.12.0"}, "ok", "1.12.0"),
+        ({"trl": "1.11.0"}, "fail", "outside"),
+        ({"trl": "2.0.0"}, "fail", "outside"),
+        ({"trl": "1.99.0"}, "warn", "newer than what was tried (to 1.16.0)"),
         ({}, "fail", "not installed"),
     ],
 )
 def test_trl(installed: dict[str, str], status: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "package_version", installed.get)
+    monkeypatch.setattr(versions, "package_version", installed.get)
     found = doctor.check_package(doctor.PACKAGES[0])
     assert found.status == status and detail in found.detail
-    assert status == "ok" or found.remedy == 'pip install "trl>=1.16,<1.17"'
+    wanted = 'if something breaks: pip install "trl==1.16.0"' if status == "warn" else 'pip install "trl>=1.12,<2"'
+    assert status == "ok" or found.remedy == wanted
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_trl(installed: dict[str, str], status: str, detail: str, monkeypatch: p
     ],
 )
 def test_vllm(installed: dict[str, str], status: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "package_version", installed.get)
+    monkeypatch.setattr(versions, "package_version", installed.get)
     row = next(row for row in doctor.PACKAGES if row.distribution == "vllm")
     found = doctor.check_package(row)
     assert (found.status, detail in found.detail) == (status, True)

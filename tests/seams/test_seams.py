@@ -140,7 +140,7 @@ def test_a_missing_seam_is_one_line_with_stage_method_and_versions():
         slot_of(trainer, find("backward"))
     line = str(caught.value)
     assert "backward" in line and "SimpleNamespace.backward" in line
-    assert "TRL 1.16" in line and "\n" not in line
+    assert "TRL 1.12 to 1.16" in line and "\n" not in line
 
 
 def test_keys_of_the_table_are_unique():

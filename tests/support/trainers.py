@@ -17,7 +17,7 @@ ensure_torchvision()
 import torch  # noqa: E402
 from datasets import Dataset, Features, Image, Value  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from transformers import AutoProcessor  # noqa: E402
+from transformers import AutoProcessor, set_seed  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 DEVICE = os.environ.get("GRPO_AUTOTUNE_TEST_DEVICE", "cpu")
@@ -84,10 +84,12 @@ def make_trainer(
         "bf16": False,
         "use_cpu": DEVICE != "cuda",
     }
+    args = GRPOConfig(output_dir=str(out), **{**settings, **grpo})
+    set_seed(args.seed)  # of an adapter's weights: TRL before 1.15 draws them unseeded
     return GRPOTrainer(
         model=str(model),
         reward_funcs=rewards or [spread_reward],
-        args=GRPOConfig(output_dir=str(out), **{**settings, **grpo}),
+        args=args,
         train_dataset=dataset_of(rows),
         eval_dataset=dataset_of(rows[:2]),
         processing_class=processor or AutoProcessor.from_pretrained(model, padding_side="left"),

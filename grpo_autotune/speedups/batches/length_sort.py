@@ -8,7 +8,7 @@ within one optimizer step. TRL's own permutation is drawn first: the random stre
 from collections.abc import Callable
 from typing import Any
 
-from grpo_autotune.seams.table import find
+from grpo_autotune.seams.table import find, slot_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows, steps_line_up, wrap_while_preparing
 from grpo_autotune.speedups.batches.rows import Batch, trim
@@ -36,6 +36,7 @@ class LengthSort:
 
     def install(self, trainer: Any) -> Installed:
         installed = _Sorting(self.name, trainer)
+        slot_of(trainer, find("unbuffer"))  # before anything is put on
         installed.handles += sort_rows(trainer, "length")
         installed.handles += wrap_while_preparing(trainer, [(find("unbuffer"), installed.unbuffer)])
         return installed

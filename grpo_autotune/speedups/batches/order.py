@@ -10,9 +10,10 @@ the same rows then.
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from grpo_autotune.hardware.versions import unheld_trl
 from grpo_autotune.seams.layers import INNER, Handle, Layer, Next, take_off
 from grpo_autotune.seams.loss import micro_batch_terms_of
-from grpo_autotune.seams.table import PREPARE_INPUTS, Seam, find, wrap_rows
+from grpo_autotune.seams.table import PREPARE_INPUTS, Seam, find, slot_of, wrap_rows
 from grpo_autotune.speedups.batches.groups import KEY
 from grpo_autotune.speedups.batches.rows import Batch, lengths, rows_of
 from grpo_autotune.speedups.conditions import MICRO_BATCH, foreign_hook, overridden
@@ -27,7 +28,7 @@ def depends_on_partition(trainer: Any) -> str | None:
     terms = micro_batch_terms_of(trainer)
     if terms:
         return terms[0].reason
-    other = overridden(trainer, MICRO_BATCH) or foreign_hook(trainer.model)
+    other = unheld_trl() or overridden(trainer, MICRO_BATCH) or foreign_hook(trainer.model)
     return None if other is None else f"{other}, which may depend on the micro batch"
 
 
@@ -70,6 +71,8 @@ def wrap_while_preparing(trainer: Any, layers: Iterable[tuple[Seam, Layer]]) -> 
     """Put layers on functions of TRL's module, which tell no trainer from another, while this one prepares its
     inputs."""
     rows = tuple(layers)
+    for row, _ in rows:
+        slot_of(trainer, row)  # said now, if the installed version lacks it
 
     def prepare(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         handles = wrap_rows(trainer, rows, INNER)

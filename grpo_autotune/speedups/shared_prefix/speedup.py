@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from trl.trainer import utils
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 from grpo_autotune.seams.ranks import any_of, forward_in_step, most
@@ -30,6 +31,9 @@ from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLa
 from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
 from grpo_autotune.speedups.shared_prefix.media import INPUTS, Media
+
+FUSED = hasattr(utils, "add_fused_lm_head")
+"""Whether this TRL's models compute log-probs themselves, as since 1.15."""
 
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
@@ -135,8 +139,10 @@ class _SharedPrefix(Installed):
 
     def _scores_layer(self, groups: Groups) -> Callable[..., Scores]:
         def scores(
-            call_next: Callable[..., Scores], /, model: Any, ids_BW: Any, mask_BW: Any, width_C: int, **given: Any
-        ) -> Scores:
+            call_next: Callable[..., Scores], /, model: Any, ids_BW: Any, mask_BW: Any, width_C: int, *size: Any,
+            **given: Any,
+        ) -> Scores:  # fmt: skip
+            given |= zip(SETTINGS, size, strict=False)  # TRL before 1.14 gives one of them by its place
             media = {name: value for name, value in given.items() if name not in SETTINGS}
             batch = rows = None
             if groups.current is not None and self._takes(groups.current, len(ids_BW), given):
@@ -248,18 +254,26 @@ class _SharedPrefix(Installed):
         layout = layout_of(batch, rows)
         with self.trainer.accelerator.autocast():
             layout = (with_form or self.forms.made)(layout)
-            outputs = model(
-                **_inputs(base_of(self.trainer.accelerator.unwrap_model(model)), batch, layout),
-                shift_labels=batch.input_ids.reshape(-1)[layout.target][None],
-                fused_lm_head=True,
-                **{ARGUMENT: layout},
-            )
-        scores = (outputs.log_probs, outputs.entropy if entropies else outputs.log_probs)
+            inputs = _inputs(base_of(self.trainer.accelerator.unwrap_model(model)), batch, layout)
+            scores = self._head(model, inputs, batch.input_ids.reshape(-1)[layout.target][None], layout, entropies)
         shape = (len(rows), batch.completion_width)
         logps, entropy = (
             value.new_zeros(math.prod(shape)).index_copy(0, layout.place, value[0]).view(shape) for value in scores
         )
         return logps, entropy
+
+    def _head(
+        self, model: Any, inputs: dict[str, Any], target: torch.Tensor, layout: Layout, entropies: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies of the scored tokens, (1, scored): by TRL's fused head, before 1.15 from logits."""
+        trainer = self.trainer
+        if FUSED:
+            outputs = model(**inputs, shift_labels=target, fused_lm_head=True, **{ARGUMENT: layout})
+            return outputs.log_probs, outputs.entropy if entropies else outputs.log_probs
+        logits = model(**inputs, use_cache=False, **{ARGUMENT: layout}).logits / trainer.temperature
+        logps = utils.selective_log_softmax(logits, target)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trainer._entropy_bonus_enabled):
+            return logps, utils.entropy_from_logits(logits) if entropies else logps
 
 
 def waits(device: torch.device) -> bool:

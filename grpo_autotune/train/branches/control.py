@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from grpo_autotune.config.sections.branches import Branches, start_weights
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import find, wrap_rows
+from grpo_autotune.seams.trainer_access import end_tokens
 
 KEY = "branch"  # column of a generation batch: the number of each row's branch, (B,)
 
@@ -66,7 +67,7 @@ class BranchControl(TrainerCallback):  # type: ignore[misc]
         rewards_NF = call_next(inputs, *args, **kwargs)
         total_N = (rewards_NF * trainer.reward_weights.to(rewards_NF.device)).nansum(dim=1)
         total_N[rewards_NF.isnan().all(dim=1)] = torch.nan
-        ends = {*trainer.eos_token_ids, trainer._tokenizer.pad_token_id}
+        ends = {*end_tokens(trainer), trainer._tokenizer.pad_token_id}
         facts_B2 = torch.tensor([[len(ids), not ids or ids[-1] not in ends] for ids in completion_ids])
         numbers_B = self._of_rows(inputs)
         facts_N3 = trainer.accelerator.gather(torch.cat([facts_B2.to(numbers_B), numbers_B[:, None]], dim=1))

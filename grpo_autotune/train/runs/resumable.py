@@ -19,12 +19,8 @@ from torch.distributed.fsdp import StateDictType
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
-from trl.trainer.utils import (
-    split_pixel_values_by_grid,
-    split_tensor_dict,
-    strip_images_from_messages,
-    unsplit_pixel_values_by_grid,
-)
+from trl.trainer import utils
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
@@ -243,10 +239,9 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         """The table that `log_completions` prints, without images."""
         if not self.log_completions:
             return {}
-        texts = {
-            name: [strip_images_from_messages(messages) for messages in self._logs[name]]
-            for name in ("prompt", "completion")
-        }
+        # before TRL 1.15 they are texts
+        without_images = getattr(utils, "strip_images_from_messages", lambda text: text)
+        texts = {name: [without_images(messages) for messages in self._logs[name]] for name in ("prompt", "completion")}
         rewards = {name: list(values) for name, values in self._logs["rewards"].items()}
         return {**texts, "rewards": rewards, "advantages": list(self._logs["advantages"])}
 

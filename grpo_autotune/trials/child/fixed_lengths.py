@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from grpo_autotune.seams.layers import AttributeSlot, Handle, Next, take_off, wrap
 from grpo_autotune.seams.table import wrap_seams
+from grpo_autotune.seams.trainer_access import end_tokens
 
 LEFT_FREE = "completion lengths were left free"
 
@@ -75,7 +76,7 @@ class FixedLengths:
 
     def _generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         if self._wanted is not None:
-            ends = _Ends(self._wanted, self._trainer.eos_token_ids, self._trainer.max_completion_length)
+            ends = _Ends(self._wanted, end_tokens(self._trainer), self._trainer.max_completion_length)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), ends])
         return call_next(*args, **kwargs)
 

@@ -14,6 +14,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.trial import PromptReward
 from grpo_autotune.seams.layers import INNER, Next, take_off
 from grpo_autotune.seams.table import wrap_seams
+from grpo_autotune.seams.trainer_access import end_tokens
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 
@@ -85,7 +86,7 @@ class _Samples:
     def _rollout(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         rollout = call_next(*args, **kwargs)
         tokenizer = getattr(self._trainer.processing_class, "tokenizer", self._trainer.processing_class)
-        ends = {*self._trainer.eos_token_ids, tokenizer.pad_token_id}
+        ends = {*end_tokens(self._trainer), tokenizer.pad_token_id}
         self._truncated = gather_object([not ids or ids[-1] not in ends for ids in rollout[1]])
         return rollout
 
