@@ -34,9 +34,9 @@ class Sharding(NamedTuple):
 def asked_for(keys: Any) -> str | None:
     """The key of `grpo`, or the variable of `accelerate launch`, that asks for sharding; None without any. `keys` is
     the section, or an object with its values."""
-    value = keys.get if isinstance(keys, dict) else lambda key: getattr(keys, key, None)
+    given: dict[str, Any] = keys if isinstance(keys, dict) else vars(keys)
     for key, variable in SHARDING.items():
-        if value(key):
+        if given.get(key):
             return f"grpo.{key}"
         if os.environ.get(variable, "").lower() in ("1", "true"):
             return variable
