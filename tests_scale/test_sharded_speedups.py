@@ -16,7 +16,7 @@ EXACT = 1e-5
 
 WORDS = (
     "zero1=text", "zero2=mixed", "zero2=mixed, tower trained", "zero3=text", "zero3=mixed", "zero3 not gathered=text",
-    "fsdp2=text", "fsdp2=mixed, tower trained",
+    "fsdp2=text", "fsdp2=images",
 )  # fmt: skip
 
 

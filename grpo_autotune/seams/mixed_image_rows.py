@@ -13,8 +13,10 @@ tower. And a process whose rows all have an empty list of images takes part wher
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grpo_autotune.errors import DataError
 from grpo_autotune.seams.fully_sharded import gathers
 from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, Next, wrap
+from grpo_autotune.seams.ranks import most
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, models_of
@@ -32,7 +34,7 @@ def mend(trainer: Any) -> list[Handle]:
     handles = [wrap(ClassSlot(processor, "__call__"), _process, INNER)]
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     if trainer.accelerator.num_processes > 1 and image_columns(columns):
-        handles += wrap_seams(trainer, rollout=_rollout)
+        handles += wrap_seams(trainer, rollout=_rollout(trainer))
     for model in models_of(trainer):
         backbone = base_of(model).base_model
         layer = _forward(trainer, backbone, with_images=bool(image_columns(columns)))
@@ -60,10 +62,25 @@ def _process(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
     return inputs
 
 
-def _rollout(call_next: Next, /, prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
-    """Images None for each row where this process has none: TRL gathers them from the processes that have some."""
-    *others, images, of_tools = call_next(prompts, *args, **kwargs)
-    return *others, [None] * len(prompts) if images is None else images, of_tools
+def _rollout(trainer: Any) -> Layer:
+    """Images None for each row where this process has none: TRL gathers them from the processes that have some. Under
+    FSDP `generate` runs the tower of those that have some by itself, and the others would run another module."""
+
+    def rollout(call_next: Next, /, prompts: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if trainer.is_fsdp_enabled:
+            with_images = any(map(_shows, prompts))
+            if all(most([with_images, not with_images], trainer, True)):
+                what = "one process has images and another has none, which FSDP cannot generate for"
+                raise DataError(what, fix="Give every row an image, or share the model by grpo.deepspeed: zero3.")
+        *others, images, of_tools = call_next(prompts, *args, **kwargs)
+        return *others, [None] * len(prompts) if images is None else images, of_tools
+
+    return rollout
+
+
+def _shows(prompt: Any) -> bool:
+    parts = (message["content"] for message in prompt if isinstance(message, Mapping))
+    return any(part["type"] == "image" for content in parts if isinstance(content, list) for part in content)
 
 
 def _forward(trainer: Any, backbone: Any, *, with_images: bool) -> Layer:

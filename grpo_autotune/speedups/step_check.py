@@ -21,9 +21,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
-from grpo_autotune.seams.ranks import syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -81,9 +79,7 @@ class StepCheck(Installed):
         """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
         trainer = self.trainer
         unused = trainer.optimizer, trainer.ref_model, trainer.train_dataset, trainer.eval_dataset, trainer.reward_funcs
-        leaves = _leaves(trainer)  # and of no weight is more gathered than its part
         state = State([*map(vars, (trainer, trainer.state, *self._parts)), window], unused)
-        state.weights = leaves or state.weights
         state.size = 0.0 if lives else math.inf
         text = base_of(trainer.model).config.get_text_config()
         judged = [_judged(batch) for batch in window]
@@ -140,8 +136,6 @@ class StepCheck(Installed):
             for one, reason in fell_back.items():
                 one.fell_back = reason
             gradients.put_back()
-            if self.trainer.is_fsdp_enabled:
-                model.set_requires_gradient_sync(accelerator.sync_gradients or syncs_each_pass(accelerator))
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
         state.size = state.size or float(sampled.square().mean().sqrt()) or 1.0
         return torch.cat([sampled / state.size, others * math.sqrt(len(sampled) / len(others))])
@@ -175,19 +169,6 @@ class Gradients:
     def put_back(self) -> None:
         for weight, (gradient, hooks) in zip(self._weights, self._before, strict=True):
             weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
-
-
-def _leaves(trainer: Any) -> list[nn.Parameter]:
-    """The tensors that get gradients under FSDP 2, which are not the shards: all ranks gather them, unit by unit."""
-    from torch.distributed.tensor import DTensor
-
-    leaves: dict[int, nn.Parameter] = {}
-    for unit in units(trainer.model):
-        unit.unshard()
-        whole = (weight for weight in trainer.model.parameters() if not isinstance(weight, DTensor))
-        leaves |= {id(weight): weight for weight in whole if weight.requires_grad}
-        unit.reshard()
-    return list(leaves.values())
 
 
 class _Verdict(Installed):

@@ -116,7 +116,7 @@ def train(model: Path, case: dict[str, Any], out: Path, sharding: str, names: st
         fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
         trainer.add_callback(_Mend())
     mend(trainer)
-    speedups = speed_up(trainer, asked(names), check="always" if names != "none" else "auto")
+    speedups = speed_up(trainer, asked(names), check="auto" if names == "none" or sharding == "fsdp2" else "always")
     trainer.train()
     return trainer, speedups, _whole_weights(trainer)
 
