@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from grpo_autotune.commands.doctor import CHEAP, SLOW, configuration
 from grpo_autotune.doctor import checks, gpus
+from grpo_autotune.hardware.versions import PACKAGES
 
 MACHINE = (
     ("torch", checks.check_torch),
     ("torchvision", checks.check_torchvision),
-    (", ".join(row.distribution for row in checks.PACKAGES), checks.check_package),
+    (", ".join(row.distribution for row in PACKAGES), checks.check_package),
     ("gpu", gpus.check_gpus),
     ("gpu memory, gpu clocks, gpu driver, gpu errors, gpu links", gpus.check_health),
     ("gpu runtime, addresses, processes", gpus.check_setting),

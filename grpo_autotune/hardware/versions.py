@@ -40,7 +40,11 @@ class Package(NamedTuple):
 
 
 TRL = Package(
-    "trl", ">=1.12,<2", ("1.12.0", "1.13.0", "1.14.2", "1.16.0"), True, "its methods are what is measured and patched"
+    "trl",
+    ">=1.12,<2",
+    ("1.12.0", "1.13.0", "1.14.2", "1.15.0", "1.16.0"),
+    True,
+    "its methods are what is measured and patched",
 )
 """Each of these releases was held against itself without this package (`make test-trl`, trl_versions.json of the
 benchmarks): every speed-up, and all of them together. With another one micro steps are compared as it trains."""
