@@ -93,13 +93,14 @@ exact: .venv/.installed ## hold every speed-up against plain TRL, the whole matr
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m "not long"
 
-test-scale: .venv-scale/.installed ## run the tests of training on several processes with DeepSpeed, in an environment of its own
+# AFTER: a target to wait for where several are made at once
+test-scale: .venv-scale/.installed | $(AFTER) ## run the tests of training on several processes with DeepSpeed, in an environment of its own
 	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale
 
 test-trl: .venv/.installed $(TRLS:%=.venv-trl/%/.installed) ## try every version of TRL in turn: ten minutes; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.trl_versions --versions $(TRLS) --write
 
-test-trl-ends: .venv/.installed $(TRL_ENDS:%=.venv-trl/%/.installed) ## try the oldest and the newest version of TRL, in short
+test-trl-ends: .venv/.installed $(TRL_ENDS:%=.venv-trl/%/.installed) | $(AFTER) ## try the oldest and the newest version of TRL, in short
 	$(NICE) $(BIN)/python -m benchmarks.trl_versions --versions $(TRL_ENDS) --short
 
 .venv/.installed: pyproject.toml constraints.txt

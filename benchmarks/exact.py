@@ -1,7 +1,7 @@
 """The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
 
     python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix=split]
-                               [--steps 50] [--skip batches windows runs branches ranks bf16] [--merge]
+                               [--steps 50] [--skip batches windows runs branches ranks sharded bf16] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
@@ -9,8 +9,9 @@ largest value. *Windows*: the same for an accumulation whose micro batches split
 *Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
 speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
-processes. Exits with 1 where anything is further off than the tolerance. Models are those of the tests (two layers,
-float32).
+processes. *Sharded*: five steps on two processes that share weights or gradients by ZeRO or FSDP2, and plain TRL on two
+such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than
+the tolerance. Models are those of the tests (two layers, float32).
 
 *bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two
 orders of the same sums differ by rounding. The yardstick is what rounding does by itself: how far plain TRL under
@@ -61,6 +62,7 @@ from tests.support.exactness import (  # noqa: E402
 )
 from tests.support.exactness_ranks import rows_of  # noqa: E402
 from tests.support.pairs import rewards_of, trained, weights_of  # noqa: E402
+from tests.support.sharded_ranks import CASES, SHARDINGS  # noqa: E402
 from tests.support.tiny import CONFIGS, VISION_KINDS, tiny_model  # noqa: E402
 from tests.support.trainers import make_trainer, spread_reward  # noqa: E402
 
@@ -191,27 +193,50 @@ def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any
     """One row a combination under torchrun."""
     for kind, lora, names in itertools.product(options.architectures, [True, False], options.speedups):
         path, _ = models.of(kind)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         grpo = {"max_steps": 3, "beta": 0.05, "num_generations": 4, "per_device_train_batch_size": 4}
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
         data = "picture" if kind in VISION_KINDS else "text"
         words = [str(path), str(models.folder / "out"), data, str(int(lora)), json.dumps(grpo), names]
-        done = subprocess.run(
-            [sys.executable, *launch, "-m", "tests.support.exactness_ranks", *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for line in done.stdout.splitlines():
+        for line in on_two_processes("tests.support.exactness_ranks", *words).splitlines():
             if line.startswith('{"ranks'):
                 told = json.loads(line)
                 yield {
                     "part": "ranks", "architecture": kind, "lora": lora, "speedups": names, "ranks": told["ranks"],
                     "equal_rewards": float(told["rewards"]), "weights": told["apart"], "on": told["on"],
                 }  # fmt: skip
+
+
+def sharded(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each way to share and each case of `tests.support.sharded_ranks`, of the first process."""
+    cases = {name: CASES[name] for name in options.cases if CASES[name]["kind"] in options.architectures}
+    for kind in {case["kind"] for case in cases.values()}:
+        models.of(kind)
+    for sharding in options.shardings:
+        words = [f"{sharding}={name}" for name in cases]
+        on_two_processes("tests.support.sharded_ranks", str(models.folder), str(models.folder), "5", *words)
+        told = json.loads((models.folder / "rank0.json").read_text(encoding="utf-8"))
+        for name, case in cases.items():
+            found = told[f"{sharding}={name}"]
+            yield {
+                "part": "sharded", "sharding": sharding, "case": name, "architecture": case["kind"],
+                "lora": case["lora"], "speedups": "auto", "ranks": 2, "steps": len(found["rewards"]),
+                "equal_rewards": float(found["same_rewards"]), "weights": found["apart"],
+                "on": [row for row, (on, _) in found["table"].items() if on],
+            }  # fmt: skip
+
+
+def on_two_processes(*words: str) -> str:
+    """What `torchrun -m WORDS` on two gloo processes writes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def bf16(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -259,8 +284,8 @@ def judged(ratios: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, flo
             yield name, value["median"], value["median"] <= ratios[f"{name}_of_autocast"]["median"]
 
 
-def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The command of the file that there is, and its rows of the skipped parts.
+def written(skipped: list[str], shardings: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The command of the file that there is, and its rows of the skipped parts, and of other ways to share.
 
     Raises:
         ValueError: There is none, or it was measured with other versions.
@@ -271,25 +296,31 @@ def written(skipped: list[str]) -> tuple[str, list[dict[str, Any]]]:
     before = json.loads(path.read_text())
     if before["versions"] != versions():
         raise ValueError(f"{path} was measured with other versions: {before['versions']}, here {versions()}")
-    return before["command"], [row for row in before["rows"] if row["part"] in skipped]
+    other = [row for row in before["rows"] if row.get("sharding", shardings[0]) not in shardings]
+    return before["command"], other + [row for row in before["rows"] if row["part"] in skipped and row not in other]
 
 
 def main() -> int:
     """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than its bar."""
-    parts = {"batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks, "bf16": bf16}
+    parts = {
+        "batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks, "sharded": sharded,
+        "bf16": bf16,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix", "shared_prefix=split"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
+    parser.add_argument("--shardings", nargs="+", choices=list(SHARDINGS), default=["zero2", "zero3", "fsdp2"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["text", "mixed", "mixed, tower trained"])
     parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")
     options = parser.parse_args()
     command = f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}"
     rows: list[dict[str, Any]] = []
     if options.merge:
         try:
-            first, rows = written(options.skip)
+            first, rows = written(options.skip, options.shardings)
         except ValueError as error:
             parser.error(f"--merge: {error}")
         command = f"{first} && {command}"

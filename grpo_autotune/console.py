@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import io
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,8 +18,6 @@ from grpo_autotune.units import duration
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-
-INTERRUPTED_EXIT = 128 + signal.SIGINT
 
 HEARTBEAT_S = 5.0
 """Seconds between two looks at what is under way."""

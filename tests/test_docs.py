@@ -168,6 +168,16 @@ def check_own_command(words: list[str], page: Path) -> None:
         assert (ROOT / context.params["run_dir"] / "report.json").exists()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "slurm").glob("*.sh")), ids=lambda path: path.stem)
+def test_slurm_scripts_call_commands_that_there_are(path: Path) -> None:
+    lines = path.read_text().replace("\\\n", " ").splitlines()
+    called = [match[1] for line in lines if (match := re.search(r"\b(?:srun|exec) .*grpo[-_]autotune ([^']+)", line))]
+    assert called
+    for words in map(shlex.split, called):
+        own = [word for word in words[1:] if word != "&" and not word.startswith("${server")]
+        assert COMMANDS[words[0]].make_context(words[0], own)
+
+
 def check_extras(words: str) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for listed in re.findall(r"(?:\.|grpo-autotune)\[([\w,-]+)\]", words):

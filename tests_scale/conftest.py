@@ -6,6 +6,8 @@ import importlib.util
 
 import pytest
 
+from tests.conftest import picture_rows, text_rows, tiny  # noqa: F401
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if importlib.util.find_spec("deepspeed") is None:

@@ -190,14 +190,13 @@ def test_what_vllm_cannot_run_as_an_adapter(served: Callable[[str], Any]) -> Non
 def test_auto(served: Callable[[str], Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(served("qwen3"), dtype=torch.float32)
 
-    def chosen(model: Any, device: str, fsdp: bool = False) -> tuple[str, str]:
-        parts = {"accelerator": SimpleNamespace(device=torch.device(device)), "_dist": SimpleNamespace(is_fsdp=fsdp)}
-        return sync.choose(SimpleNamespace(model=model, **parts), EngineOptions("auto"))
+    def chosen(model: Any, device: str) -> tuple[str, str]:
+        accelerator = SimpleNamespace(device=torch.device(device))
+        return sync.choose(SimpleNamespace(model=model, accelerator=accelerator), EngineOptions("auto"))
 
     assert chosen(model, "cuda") == ("batched", "no adapter can be sent: the model has no adapter (peft)")
     adapted = get_peft_model(model, adapter())
     assert chosen(adapted, "cuda") == ("adapter", "the adapter is all that training changes")
-    assert chosen(adapted, "cuda", fsdp=True) == ("batched", "no adapter can be sent: FSDP shards it")
     assert chosen(adapted, "cpu") == ("batched", sync.SLOW_ON_CPU)
 
 

@@ -178,7 +178,7 @@ def _speedups() -> Iterator[str]:
             words = ", ".join(f"`{value}`" for value in accepted)
             yield f"| `{name}` | `{option}` | {words} | `{accepted[0]}` |"
     yield ""
-    for name in ("speedups_check", "on_oom", "on_oom_allow"):
+    for name in ("speedups_check", "stop_signals", "on_oom", "on_oom_allow"):
         yield f"## `{name}`\n"
         field = RunConfig.model_fields[name]
         yield f"{described(RunConfig)[name]} Default: `{field.default}`.\n"

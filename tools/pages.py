@@ -65,6 +65,12 @@ def branches_table() -> str:
     return "\n".join([*lines, ""])
 
 
+def slurm_script(name: str) -> str:
+    """A script of `examples/slurm` as a block."""
+    return f"```sh\n{(ROOT / name).read_text()}```\n"
+
+
+SLURM = [f"examples/slurm/{name}.sh" for name in ("train", "train_torchrun", "search", "server")]
 SMALL = ("speedups",)
 LARGER = ("speedups_100m", "speedups_100m_text", "speedups_100m_256", "speedups_100m_small")
 LARGER_OFF = ("speedups_100m_off", "speedups_100m_off_long")
@@ -79,6 +85,7 @@ PARTS = (
     Part("docs/monitors.md", "monitors", monitors_table.rules),
     Part("docs/monitors.md", "monitors, measured", monitors_table.measured),
     Part("docs/branches.md", "branches", branches_table),
+    *(Part("docs/scale.md", name, partial(slurm_script, name)) for name in SLURM),
     Part("docs/architecture.md", "files", architecture.file_tree),
     Part("docs/architecture.md", "seams", architecture.seam_table),
 )

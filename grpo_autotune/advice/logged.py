@@ -9,32 +9,21 @@ from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.records.report import Advice, Kind
 from grpo_autotune.units import amount, percent, seconds
 
-MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2
-"""Shares of groups of equal rewards, and of completions that were cut off, from which they are worth a word."""
+MANY_DEAD, MANY_TRUNCATED = 0.3, 0.2  # shares of groups and completions from which they are worth a word
 GENERATES = 0.3
-LONG_TAIL = 3.0
-"""Times the mean: a longest completion from which the others wait for few."""
-RULES: dict[str, tuple[float, Kind, str]] = {
-    TRAINING_PASS: (
-        0.3, "exact",
-        "this one timer holds the forward, the backward and the optimizer, and the log cannot tell which: "
-        "`grpo-autotune import CONFIG --probe` measures them apart",
-    ),
+LONG_TAIL = 3.0  # times the mean: a longest completion from which the others wait for few
+RULES: dict[str, tuple[float, Kind, str]] = {  # row -> least share of the step, kind of advice, and its sentence
+    TRAINING_PASS: (0.3, "exact", "this one timer holds the forward, the backward and the optimizer, and the log "
+                    "cannot tell which: `grpo-autotune import CONFIG --probe` measures them apart"),
     "backward": (0.4, "exact", "the gradients: sharing prompts within a group, and a larger micro batch, shorten them"),
-    "reference_logprob": (
-        0.05, "learning",
-        "a KL coefficient of 0 needs no reference pass (it changes learning); at most this is saved",
-    ),
-    "policy_logprob": (
-        0.05, "learning",
-        "the old policy's pass is needed only where a rollout serves several optimizer steps or another engine's "
-        "samples are weighed; at most this is saved",
-    ),
+    "reference_logprob": (0.05, "learning", "a KL coefficient of 0 needs no reference pass (it changes learning); at "
+                          "most this is saved"),
+    "policy_logprob": (0.05, "learning", "the old policy's pass is needed only where a rollout serves several "
+                       "optimizer steps or another engine's samples are weighed; at most this is saved"),
     "reward": (0.1, "exact", "nothing else runs meanwhile: score in parallel, or beside the log-prob passes"),
     "weight_sync": (0.1, "exact", "with LoRA, pushing the adapter alone moves far less than merged weights"),
     "log_save_eval": (0.1, "exact", "save and evaluate less often"),
 }  # fmt: skip
-"""Row -> least share of the step, kind of advice, and the sentence behind the row's seconds."""
 
 
 def bound(report: LogReport) -> str:
@@ -55,7 +44,6 @@ def advice(report: LogReport) -> list[Advice]:
 
 
 def _of_rows(report: LogReport) -> Iterator[tuple[Any, ...]]:
-    """Share of the step, kind of advice, its text, and the stage."""
     for row in report.stages:
         least, kind, sentence = RULES.get(row.name, (math.inf, "", ""))
         if row.share >= least:
@@ -63,7 +51,6 @@ def _of_rows(report: LogReport) -> Iterator[tuple[Any, ...]]:
 
 
 def _of_facts(report: LogReport) -> Iterator[tuple[Any, ...]]:
-    """The same of rewards and lengths."""
     facts = defaultdict(float, {name: fact.value for name, fact in report.facts.items()})
     cut, dead = facts["completions cut off"], facts["groups of equal rewards"]
     mean, longest = facts["completion tokens, mean"], facts["completion tokens, longest"]

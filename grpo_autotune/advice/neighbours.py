@@ -8,6 +8,7 @@ from grpo_autotune.advice.facts import Facts
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.knobs import TABLE, Knobs, context_of, engine, knob, with_knobs
 from grpo_autotune.knobs.apply import BATCH_KNOBS, MICRO, SLEEP, same_value, why_not
+from grpo_autotune.knobs.sharding import STAGE, ZERO_KNOBS
 from grpo_autotune.knobs.table import Knob
 from grpo_autotune.predict.objective import useful_per_step
 from grpo_autotune.predict.room import fits
@@ -17,7 +18,7 @@ from grpo_autotune.records.report import Change
 
 FALL_SHARE = 0.05
 """A stage is concerned by a change if it has this part of all seconds that the change takes off the stages."""
-HUNGRY = {MICRO, "grpo.gradient_checkpointing"}
+HUNGRY = {MICRO, "grpo.gradient_checkpointing", STAGE}
 """Knobs that take memory for speed: what they take is known where the architecture has formulas."""
 
 
@@ -88,6 +89,8 @@ def changes(facts: Facts, near: Neighbour) -> tuple[Change, ...]:
     values = {key: (knob(key).current(base), value) for key, value in near.knobs.items() if key not in BATCH_KNOBS}
     if SLEEP in values and base.vllm.enable_sleep_mode is not None:  # the two keys have to agree
         values = {"vllm.enable_sleep_mode": (base.vllm.enable_sleep_mode, near.knobs[SLEEP] > 0)}
+    if ZERO_KNOBS.keys() & near.knobs.keys() and isinstance(base.grpo["deepspeed"], str):
+        values = {"grpo.deepspeed": (base.grpo["deepspeed"], near.config.grpo["deepspeed"])}
     old, new, plan = base.grpo, near.config.grpo, base.batch
     defaults = {
         "per_device_train_batch_size": plan.micro_batch,

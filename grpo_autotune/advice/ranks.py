@@ -9,12 +9,14 @@ from grpo_autotune.records.probe import RankTimings
 
 
 class Excess(NamedTuple):
-    """Seconds per step by which a rank works longer than the mean of the others, and the stage with most of it."""
+    """Seconds per step by which a rank works longer than the mean of the others, the stage with most of it, and how
+    much longer each of them waits."""
 
     rank: int
     extra_s: float
     stage: str
     stage_s: float
+    others_wait_s: float
 
 
 def excesses(rows: Sequence[RankTimings]) -> list[Excess]:
@@ -27,5 +29,7 @@ def excesses(rows: Sequence[RankTimings]) -> list[Excess]:
             continue
         extra = {s: row.stages[s] - statistics.fmean(other.stages.get(s, 0.0) for other in others) for s in stages}
         stage = max(extra, key=lambda name: extra[name])
-        longer.append(Excess(row.rank, math.fsum(extra.values()), stage, extra[stage]))
+        waits = statistics.fmean(other.stages.get("sync_wait", 0.0) for other in others)
+        waits -= row.stages.get("sync_wait", 0.0)
+        longer.append(Excess(row.rank, math.fsum(extra.values()), stage, extra[stage], max(0.0, waits)))
     return sorted(longer, key=lambda excess: -excess.extra_s)

@@ -48,7 +48,7 @@ def import_(
 
     def action() -> int:
         from grpo_autotune.files import is_file, refusal_told
-        from grpo_autotune.interop.logs.recognise import is_log
+        from grpo_autotune.interop.logs.steps import is_log
 
         with refusal_told():
             is_training = is_file(file) and is_log(file)
@@ -59,7 +59,7 @@ def import_(
             what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
             raise ConfigError(what, where=option)
         if is_training:
-            from grpo_autotune.commands.interop.log import import_log
+            from grpo_autotune.commands.interop.config import import_log
 
             return import_log(file, out=out, config=against, as_json=json_)
         from grpo_autotune.commands.interop.config import import_config
@@ -94,7 +94,7 @@ def export(
     """Write the values that a search tuned into a copy of the file that the run was imported from."""
 
     def action() -> int:
-        from grpo_autotune.commands.interop.export import export_tuned
+        from grpo_autotune.commands.interop.config import export_tuned
 
         how: Any = {"framework": from_, "version": version, "environment": environment(env)}
         return export_tuned(tuned, to, out=out, world_size=world_size, as_json=json_, **how)

@@ -1,6 +1,5 @@
 """The entrance of the program, and the one place that catches this package's errors."""
 
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from grpo_autotune.cli import interop, running, showing, using  # noqa: F401 - t
 from grpo_autotune.cli.app import app
 from grpo_autotune.console import accept_any_text, complain
 from grpo_autotune.errors import LONGEST, AutotuneError, ConfigError, EnvironmentProblem, printable, shortened
-from grpo_autotune.processes.ending import Stopped, raising
+from grpo_autotune.processes.ending import raising, signal_of
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """`UsageError` of the Click that Typer holds; Typer exports only its subclasses."""
@@ -46,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"grpo-autotune: {_usage(error)}", everywhere=False)
         return ConfigError.exit_code
     except KeyboardInterrupt as error:
-        signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
-        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        signum, name = signal_of(error)
         complain(f"grpo-autotune: stopped by {name}", everywhere=False)
         return 128 + signum

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_autotune.cli.app import Action, app, load, print_reports
-from grpo_autotune.cli.options import Checked, Config, Json, Only, Out, Set, Steps
+from grpo_autotune.cli.options import Checked, Config, Json, Only, Out, ResumesAuto, Set, Steps
 from grpo_autotune.console import as_warning, is_first_rank, output_aside, say, show
 
 
@@ -44,7 +44,7 @@ def probe(
     return action
 
 
-@app.command()
+@app.command(cls=ResumesAuto)
 def search(
     config: Config = None,
     budget: Annotated[
@@ -56,6 +56,9 @@ def search(
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="A database that several machines search with.")
     ] = None,
+    workers: Annotated[
+        str, typer.Option(metavar="N|auto", help="Trials at a time, each on a GPU (or cores) of its own.")
+    ] = "1",
     script: Annotated[str | None, typer.Option(metavar="SCRIPT", help="Search the GRPOConfig of a TRL script.")] = None,
     set_: Set = None,
     json_: Json = False,
@@ -75,7 +78,14 @@ def search(
         folder = run_dir or loaded.run_dir / "search"
         with output_aside() if json_ else nullcontext():
             result, code = search_config(
-                loaded, budget_s=budget_s, out=out, run_dir=folder, resume=resume, storage=storage, script=words
+                loaded,
+                workers,
+                budget_s=budget_s,
+                out=out,
+                run_dir=folder,
+                resume=resume,
+                storage=storage,
+                script=words,
             )
         show(json.dumps(result.model_dump(mode="json"), indent=2) if json_ else render_search(result))
         return code
@@ -83,10 +93,12 @@ def search(
     return action
 
 
-@app.command()
+@app.command(cls=ResumesAuto)
 def train(
     config: Config = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; begin where there is none (auto).")
+    ] = False,
     out: Out = None,
     set_: Set = None,
 ) -> Action:

@@ -6,7 +6,7 @@ from pathlib import Path
 from grpo_autotune.commands.page import load_run
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import refusal_told
-from grpo_autotune.interop.logs.recognise import is_log
+from grpo_autotune.interop.logs.steps import is_log
 from grpo_autotune.records.comparison import Comparison
 from grpo_autotune.records.imported import LOG_SCHEMA, LogReport
 from grpo_autotune.records.report import Report

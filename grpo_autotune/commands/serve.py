@@ -14,9 +14,9 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, say, show
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
-from grpo_autotune.hardware.nvml import ORDER, VISIBLE
+from grpo_autotune.hardware.nvml import ORDER, VISIBLE, names_of_gpus
 from grpo_autotune.processes.ending import Stopped, raising
-from grpo_autotune.rollout.server.command import Serving, names_of_gpus, split_gpus
+from grpo_autotune.rollout.server.command import Serving, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
 from grpo_autotune.units import duration

@@ -23,6 +23,8 @@ from grpo_autotune.report.create import report_of
 from grpo_autotune.report.files import save_report
 from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus
+from grpo_autotune.runs.folder import RunFolder
+from grpo_autotune.runs.kept_batch import other_batch, with_kept_batch
 from grpo_autotune.units import percent, seconds
 
 LARGEST = 3
@@ -35,7 +37,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
         AutotuneError: As `train.trainer.run_training` and `commands.ladder.Ladder`.
     """
     ladder = Ladder(config, out_dir, resume=resume)
-    config, startup, live = ladder.config, Startup(), LiveFile(out_dir)
+    config = with_kept_batch(ladder.config, RunFolder(out_dir), say) if resume else ladder.config
+    startup, live = Startup(), LiveFile(out_dir)
     watched: list[Callable[[], str | None]] = [startup.now]
     probes: list[Any] = []
     set_environment()
@@ -52,6 +55,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
         watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
         for sentence in differences(config.receipt, detect()) if config.receipt else ():
             warn(sentence)
+        if config.receipt and not resume and (told := other_batch(config, config.receipt.processes)):
+            warn(told)
 
         def prepare(trainer: Any) -> None:
             ladder.begin(trainer)
@@ -73,6 +78,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
                 config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides
             )
         say(result.line())
+    if result.signum:  # the first one to end would have torchrun end those that write their report
+        probes[0].trainer.accelerator.wait_for_everyone()
     return result.exit_code
 
 

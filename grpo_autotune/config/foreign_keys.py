@@ -44,8 +44,11 @@ WORDS = {
 }
 """Python type that YAML can hold -> its name in a message."""
 
-ALSO_ACCEPTED: Mapping[str, frozenset[str]] = MappingProxyType({"scale_rewards": frozenset({"bool"})})
-"""Key -> types accepted beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none"."""
+ALSO_ACCEPTED: Mapping[str, frozenset[str]] = MappingProxyType(
+    {"scale_rewards": frozenset({"bool"}), "fsdp": frozenset({"bool", "list"})}
+)
+"""Key -> types accepted beyond its annotation: GRPOConfig.__post_init__ maps true to "group" and false to "none", and
+TrainingArguments._process_fsdp_args takes all three."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

@@ -21,6 +21,7 @@ from grpo_autotune.config.sampling import check_eval_sampling, check_sampling
 from grpo_autotune.config.sections.branches import Branches, Control, branch_paths, judged_branches, start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection, check_choice
 from grpo_autotune.config.sections.data import DataSection
+from grpo_autotune.config.sections.fsdp import check_fsdp
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
 from grpo_autotune.config.sections.output import OutputSection
@@ -32,9 +33,11 @@ from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.sources import read_source, resolve_source
 from grpo_autotune.config.yaml_text import parse_yaml, write_yaml
+from grpo_autotune.config.zero import deepspeed_keys, with_deepspeed_file
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.receipt import Receipt
 
+StopSignal = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU"]
 Consent = Literal["micro_batch", "image_size", "lora_rank", "num_generations", "max_completion_length"]
 
 OWNED_ELSEWHERE = {
@@ -87,6 +90,10 @@ class RunConfig(Section):
     speedups_check: Literal["auto", "always"] = "auto"
     """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
     where somebody else's code is on the trainer or the model, or `always`."""
+    stop_signals: list[StopSignal] = ["SIGTERM", "SIGUSR1", "SIGUSR2"]
+    """Signals that end training as Ctrl-C does: after the step, evaluation or save under way, on all ranks, with a
+    checkpoint and exit code 128 + its number; `SIGHUP` and `SIGXCPU` may be added. One that is left out ends it at once
+    ([clusters](scale.md#signals))."""
     on_oom: Literal["stop", "ladder"] = "stop"
     """What `train` does where memory runs out: `stop`, or `ladder`: go on from the newest checkpoint, in a new process,
     with a setting that needs less memory and learns the same ([the rungs](troubleshooting.md#out-of-memory))."""
@@ -115,6 +122,9 @@ class RunConfig(Section):
                 raise ConfigError("no meaning beside grpo.advantages rank", where=f"grpo.{key}", fix="Remove it.")
         batch_plan(grpo)
         check_sampling(grpo)
+        check_fsdp(grpo)
+        if grpo.get("deepspeed"):
+            deepspeed_keys(grpo["deepspeed"])
         return grpo
 
     @field_validator("peft")
@@ -252,7 +262,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
     values = _mapping(parse_yaml(read_source(path), label), label)
     for item in overrides:
         override(values, item)
-    values = with_named_data(values, path.parent)
+    values = with_deepspeed_file(with_named_data(values, path.parent), path.parent)
     output = values.get("output") or {}
     if isinstance(output, dict) and output.get("name") is None:
         values["output"] = {**output, "name": path.stem}

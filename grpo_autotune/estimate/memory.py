@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from grpo_autotune.estimate.cost import WorkFacts
 from grpo_autotune.estimate.passes import Batch, Training, square_grid
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.estimate.sharding import WHOLE, Shares
 from grpo_autotune.estimate.vision_shapes import VisionShape
 
 TILE_TOKENS, TILE_VOCAB = 4096, 32768
@@ -42,6 +43,10 @@ DECODED_BYTES = 4
 
 STATE_BYTES = 4
 
+GATHERED_LAYERS = 2
+"""Layers whose parameters a rank has whole during a pass over sharded ones: the one under way, and the next, fetched
+meanwhile (`fully_shard` in torch/distributed/fsdp; DeepSpeed's `stage3_prefetch_bucket_size` is about a layer)."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -65,6 +70,8 @@ class Sizes:
     feature_limit: float = 0.0
     pixel_bytes: float = PIXEL_BYTES  # bytes of a number of the image processor's output where the model runs
     weight_copies: float = 0.0  # bytes of weights in other forms while `generate` runs
+    shares: Shares = WHOLE  # what this rank holds of parameters, gradients and optimizer state
+    gathers_all: bool = False  # whether sharded parameters are all gathered while completions are written
 
     @property
     def row(self) -> float:
@@ -88,7 +95,8 @@ class Memory:
     features: float  # outputs of a frozen vision tower that are kept
     cache: float  # keys and values of `generate`
     prefill: float  # largest intermediate of the prefill; decoding's logits where they are larger
-    copies: float  # weights in other forms while completions are written
+    copies: float  # weights in other forms while completions are written, and sharded ones gathered for it
+    gathered: float  # parameters of the layer under way where they are sharded, and of the next
     update: float  # temporaries of the optimizer's update
     engine: float  # vLLM's share
     engine_sleeps: bool  # whether the engine's share is free in training
@@ -105,7 +113,7 @@ class Memory:
     @property
     def phases(self) -> dict[str, float]:
         """Bytes beyond an idle process in each phase of a step."""
-        stays = self.weights + self.moments + self.pixels + self.images + self.features
+        stays = self.weights + self.moments + self.pixels + self.images + self.features + self.gathered
         engine = 0.0 if self.engine_sleeps else self.engine
         return {
             "generation": stays + self.cache + self.prefill + self.copies + self.engine,
@@ -126,14 +134,16 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
     micro = Batch(facts.micro_batch, sizes.row, sizes.row, facts.images, grid)
     copies = facts.generation_rows
     prompts = Batch(copies, sizes.prompt, 1, facts.images, grid)
-    weights = weight_bytes(shape, training)
+    adapters, held = training.adapters.whole * training.trainable_bytes, sizes.shares
+    weights = weight_bytes(shape, training) * (2 if sizes.reference_model else 1) + adapters
+    sharded = 1.0 - held.parameters
     scored = facts.micro_batch * (sizes.completion if facts.compact_head else sizes.row - 1)
     fills, padded = not facts.use_vllm, facts.padding_share > 0.0
     sampled = SAMPLED_COPIES * STATE_BYTES * copies * shape.vocab
     return Memory(
-        weights=weights * (2 if sizes.reference_model else 1) + training.adapters.whole * training.trainable_bytes,
-        moments=training.trainable * sizes.moments_bytes,
-        gradients=training.trainable * training.trainable_bytes,
+        weights=weights * held.parameters,
+        moments=training.trainable * sizes.moments_bytes * held.optimizer,
+        gradients=training.trainable * training.trainable_bytes * held.gradients,
         activations=kept_bytes(shape, micro, training, eager=sizes.eager, padded=padded),
         backward=backward_bytes(shape, micro, training, eager=sizes.eager, padded=padded),
         forward=max(
@@ -146,8 +156,9 @@ def memory(shape: ModelShape, facts: WorkFacts, sizes: Sizes) -> Memory:
         features=min(sizes.feature_limit, sizes.kept_images * _feature_bytes(shape, sizes.image_tokens, training)),
         cache=copies * sizes.row * shape.kv_bytes_per_token(training.value_bytes) if fills else 0.0,
         prefill=max(largest_intermediate(shape, prompts, training, eager=sizes.eager), sampled) if fills else 0.0,
-        copies=sizes.weight_copies if fills else 0.0,
-        update=training.trainable * training.trainable_bytes,
+        copies=sizes.weight_copies + weights * sharded * sizes.gathers_all if fills else 0.0,
+        gathered=GATHERED_LAYERS * largest_layer_bytes(shape, training) if sharded else 0.0,
+        update=training.trainable * training.trainable_bytes * held.optimizer,
         engine=sizes.engine_bytes,
         engine_sleeps=sizes.engine_sleeps,
         accumulates=facts.passes > 1,
@@ -159,6 +170,11 @@ def weight_bytes(shape: ModelShape, training: Training) -> float:
     type, since bitsandbytes packs the decoder's linear layers only."""
     layers = shape.layers * shape.layer_weights
     return layers * training.weight_bytes + (shape.parameters - layers) * training.value_bytes
+
+
+def largest_layer_bytes(shape: ModelShape, training: Training) -> float:
+    """Bytes of the parameters that are gathered at once: of a decoder layer, or of the embedding."""
+    return max(shape.layer_parameters * training.weight_bytes, shape.head_weights * training.value_bytes)
 
 
 def layer_numbers(shape: ModelShape, length: float, training: Training, *, eager: bool, padded: bool) -> float:

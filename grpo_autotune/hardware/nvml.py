@@ -6,7 +6,7 @@ What a part does not report (unified memory has no size of its own, MIG slices n
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,11 @@ def all_handles(nvml: Any) -> list[Any]:
     return [handle for handle in handles if handle is not None]
 
 
-def visible_handles(nvml: Any) -> list[Any]:
-    """Handles of the GPUs and MIG slices that CUDA shows this process, as the CUDA C++ Programming Guide has it ("CUDA
-    environment variables"): the list ends at the first name that is none, and an index of a GPU with MIG stands for its
-    first slice."""
-    every, names = all_handles(nvml), visible_names()
+def visible_handles(nvml: Any, only: Sequence[str] | None = None) -> list[Any]:
+    """Handles of the GPUs and MIG slices that CUDA shows this process, or one that has `only` these in its
+    `CUDA_VISIBLE_DEVICES`, as the CUDA C++ Programming Guide has it ("CUDA environment variables"): the list ends at
+    the first name that is none, and an index of a GPU with MIG stands for its first slice."""
+    every, names = all_handles(nvml), visible_names() if only is None else list(only)
     handles = iter(every) if names is None else _find(nvml, every, names)
     return [_first_slice(nvml, handle) for handle in itertools.takewhile(lambda handle: handle is not None, handles)]
 
@@ -79,6 +79,14 @@ def visible_names() -> list[str] | None:
     """The names in `CUDA_VISIBLE_DEVICES`; None where every GPU is visible."""
     told = os.environ.get(BEFORE, os.environ.get(VISIBLE))
     return None if told is None else [name.strip() for name in told.split(",")]
+
+
+def names_of_gpus(there: int) -> list[str]:
+    """The `there` GPUs that CUDA shows this process, as `CUDA_VISIBLE_DEVICES` names them; the list ends at the
+    first name that is none."""
+    told = visible_names()
+    names = map(str, range(there)) if told is None else itertools.takewhile(lambda name: name not in ("", "-1"), told)
+    return list(names)[:there]
 
 
 def describe(nvml: Any, handle: Any, host_bytes: int) -> Gpu:

@@ -1,31 +1,82 @@
 """A configuration on its way from another framework to a `RunConfig`: no setting is dropped without a word.
 
 A framework's module reads settings with `value`, and gives each one its verdict. What the user's file sets and no
-verdict was given is `no equivalent` in the end, so that a key nobody thought of shows up by its line.
+verdict was given is `no equivalent` in the end, so that a key nobody thought of shows up by its line. Batch sizes are
+six numbers that do not depend on a framework. TRL's keys follow from them by
+
+    per_device_train_batch_size = m                  gradient_accumulation_steps = C / (D m)
+    steps_per_generation        = P G / (D m)        num_iterations              = E
+
+and a rollout is followed by P G E / C optimizer steps. `C` and `P` decide what is learned, so another number of ranks
+leaves them alone.
 """
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.records.imported import STRICT, Imported, ImportedRow, Verdict
+
+
+@dataclass(frozen=True)
+class SixNumbers:
+    """The batch of a GRPO run."""
+
+    num_generations: int  # G: completions of a prompt
+    prompts: int  # P: prompts of a rollout, over all ranks
+    completions: int  # C: completions of an optimizer step, over all ranks
+    passes: int  # E: times a rollout is trained on
+    ranks: int  # D: data-parallel processes of the source
+    micro_batch: int  # m: completions of a forward pass, on one device
+
+    @property
+    def rollout(self) -> int:
+        return self.prompts * self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> float:
+        """Optimizer steps for each rollout; below 1 where several rollouts go into one step."""
+        return self.rollout * self.passes / self.completions
+
+    def on(self, ranks: int, where: str) -> "TrlBatch":
+        """TRL's keys on so many ranks. The micro batch is the largest divisor of a rank's completions, of a step and of
+        a rollout, that is not above the source's. ConfigError, `where` named, if no such keys exist."""
+        if self.num_generations < 2:
+            what = "one completion a prompt has no group to be compared with, and TRL refuses it"
+            raise ConfigError(what, where=where, fix="Sample at least 2 completions of each prompt.")
+        if min(self.prompts, self.completions, self.passes, ranks, self.micro_batch) < 1:
+            raise ConfigError("a batch size that is not positive", where=where)
+        for count, name in ((self.completions, "an optimizer step"), (self.rollout, "a rollout")):
+            if count % ranks:
+                what = f"the {count} completions of {name} cannot be divided among {ranks} processes"
+                fix = f"Choose a number of processes that divides {count} (--world-size)."
+                raise ConfigError(what, where=where, fix=fix)
+        step, rollout = self.completions // ranks, self.rollout // ranks
+        micro = next(m for m in range(min(self.micro_batch, step), 0, -1) if step % m == 0 and rollout % m == 0)
+        return TrlBatch(self.num_generations, micro, step // micro, rollout // micro, self.passes)
+
+
+@dataclass(frozen=True)
+class TrlBatch:
+    """TRL's names for the batch."""
+
+    num_generations: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    steps_per_generation: int
+    num_iterations: int
+
 
 UNKNOWN = "not a key that is known of this framework: dropped"
 
 
 class Translation:
-    """Rows and values that gather while a framework's module reads a source.
-
-    Args:
-        source: What the file says.
-        defaults: The framework's defaults, key -> value, of the version that the file was written for.
-        version: That version, and `version_from` the reason to take it.
-        world_size: Training processes that the result is for; None for the source's own.
-    """
+    """Rows and values that gather while a framework's module reads a `source` with the `defaults` of its `version`
+    (taken for the reason `version_from`), for `world_size` training processes; None for the source's own."""
 
     def __init__(
         self, source: Source, defaults: Mapping[str, Any], version: str, version_from: str, world_size: int | None
@@ -34,16 +85,12 @@ class Translation:
         self.version, self.version_from, self.world_size = version, version_from, world_size
         self.warnings = list(source.warnings)
         self.rows: dict[str, ImportedRow] = {}
-        self.values: dict[str, Any] = {}
-        """Key path of a `RunConfig` -> value."""
-        self.comments: dict[str, str] = {}
-        """Key path -> what stands behind it in the YAML."""
-        self.files: dict[str, str] = {}
-        """Files to write beside the configuration, name -> text."""
+        self.values: dict[str, Any] = {}  # key path of a `RunConfig` -> value
+        self.comments: dict[str, str] = {}  # key path -> what stands behind it in the YAML
+        self.files: dict[str, str] = {}  # files to write beside the configuration, name -> text
         self.batch: SixNumbers | None = None
 
     def given(self, key: str) -> bool:
-        """True if the user's file sets the key."""
         return key in self.source.settings
 
     def value(self, key: str, fallback: Any = None) -> Any:
@@ -52,8 +99,6 @@ class Translation:
         return self.defaults.get(key, fallback) if setting is None else setting.value
 
     def number(self, key: str, fallback: Any = None) -> Any:
-        """The same, a number for sure (or None): ConfigError by line for a value such as a shell's
-        `$(nproc)` that is only known where the script runs."""
         value = self.value(key, fallback)
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
             return value
@@ -61,7 +106,6 @@ class Translation:
         raise ConfigError(f"a number is needed, and the file says {value!r}", where=self.where(key), fix=fix)
 
     def where(self, key: str) -> str:
-        """A setting's place, for an error message."""
         setting = self.source.settings.get(key, Setting(None))
         file = setting.file or self.source.path.name
         return f"{file}: {key}" if setting.line is None else f"{file}, line {setting.line}: {key}"
@@ -70,11 +114,13 @@ class Translation:
         """The setting under another name with the same meaning; `value` where its spelling differs."""
         self.verdict("same", key, {target: self.value(key) if value is None else value}, note, comment)
 
-    def converted(self, key: str, targets: Mapping[str, Any], note: str = "", comment: str = "") -> None:
+    def converted(
+        self, key: str | Iterable[str], targets: Mapping[str, Any], note: str = "", comment: str = ""
+    ) -> None:
         """The same meaning, by arithmetic or in several keys."""
         self.verdict("converted", key, targets, note, comment)
 
-    def changes(self, key: str, targets: Mapping[str, Any], note: str, comment: str = "") -> None:
+    def changes(self, key: str | Iterable[str], targets: Mapping[str, Any], note: str, comment: str = "") -> None:
         """The nearest there is: what differs, and how much."""
         self.verdict("changes", key, targets, note, comment)
 
@@ -86,46 +132,41 @@ class Translation:
         """Changes seconds and memory alone."""
         self.verdict("speed", key, targets or {}, note)
 
-    def inert(self, key: str, note: str) -> None:
-        """Has no effect in the source as it stands, so leaving it out is the same."""
+    def inert(self, key: str | Iterable[str], note: str) -> None:
+        """Without effect in the source as it stands, so leaving it out is the same."""
         self.verdict("same", key, {}, note)
 
     def verdict(
-        self, verdict: Verdict, key: str, targets: Mapping[str, Any], note: str = "", comment: str = ""
+        self, verdict: Verdict, keys: str | Iterable[str], targets: Mapping[str, Any], note: str = "", comment: str = ""
     ) -> None:
-        """Record what becomes of a setting, and set the target keys. A default that TRL shares leaves no trace."""
-        given = self.source.settings.get(key)
-        shared = not any(_differs(path, value) for path, value in targets.items())
-        if given is None and shared and verdict not in STRICT:
-            return
-        for path, value in targets.items():
-            self.set(path, value, comment)
-        setting = given or Setting(self.defaults.get(key))
-        self.rows[key] = ImportedRow(
-            line=setting.line, file=setting.file, key=key, value=setting.value, kind=verdict,
-            to=dict(targets), why=note,
-        )  # fmt: skip
+        """Record what becomes of settings, and set the target keys. A default that TRL shares leaves no trace."""
+        known = [(grpo_keys().get(path.removeprefix("grpo.")) if path[:5] == "grpo." else None) for path in targets]
+        shared = all(k and k.default_value() == value for k, value in zip(known, targets.values(), strict=True))
+        for key in [keys] if isinstance(keys, str) else keys:
+            if not self.given(key) and shared and verdict not in STRICT:
+                continue
+            for path, value in targets.items():
+                self.set(path, value, comment)
+            setting = self.source.settings.get(key) or Setting(self.defaults.get(key))
+            place: dict[str, Any] = {"line": setting.line, "file": setting.file, "key": key, "value": setting.value}
+            self.rows[key] = ImportedRow(kind=verdict, to=dict(targets), why=note, **place)
 
     def set(self, path: str, value: Any, comment: str = "") -> None:
-        """Set a key of the result that no single setting stands for."""
         self.values[path] = value
         if comment:
             self.comments[path] = comment
 
     def set_batch(self, batch: SixNumbers, keys: Iterable[str], note: str = "") -> None:
         """Write the batch in TRL's keys for the wanted processes; `keys` are the settings that it was read from, as a
-        mapping with the names of those keys that each one decides."""
+        mapping with the names of TRL's that each one decides."""
         decides = keys if isinstance(keys, Mapping) else {}
         keys = list(keys)
         ranks = self.world_size or batch.ranks
         trl = vars(batch.on(ranks, self.where(next((key for key in keys if self.given(key)), keys[0]))))
         self.batch, self.world_size = batch, ranks
-        processes = "1 process" if ranks == 1 else f"{ranks} processes"
-        arithmetic = (
-            f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout, "
-            f"{batch.completions} per optimizer step"
-        )
-        share = f"{processes} / {trl['per_device_train_batch_size']}"
+        made = f"{batch.prompts} prompts x {batch.num_generations} = {batch.rollout} completions per rollout"
+        arithmetic = f"{made}, {batch.completions} per optimizer step"
+        share = f"{ranks} process{'es' * (ranks > 1)} / {trl['per_device_train_batch_size']}"
         comments = {
             "per_device_train_batch_size": f"completions; the source has {batch.micro_batch} per micro batch",
             "gradient_accumulation_steps": f"{batch.completions} completions per step / {share}",
@@ -168,10 +209,3 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             here = here.setdefault(name, {})
         here[key] = value
     return tree
-
-
-def _differs(path: str, value: Any) -> bool:
-    """True unless TRL has the same default."""
-    section, _, name = path.partition(".")
-    key = grpo_keys().get(name) if section == "grpo" else None
-    return key is None or key.default_value() != value

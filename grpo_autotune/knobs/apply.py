@@ -14,6 +14,7 @@ from grpo_autotune.config.sections.vllm import VllmSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs.context import context_of
+from grpo_autotune.knobs.sharding import ZERO_KNOBS, turned
 from grpo_autotune.knobs.table import PROMPTS, Kind, grpo_value, knob
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.seams.loss import LOSS_KEYS, micro_batch_terms_of_keys
@@ -44,6 +45,10 @@ def with_knobs(config: RunConfig, knobs: Knobs) -> RunConfig:
     for key, value in applied.items():
         section, _, name = key.rpartition(".")
         if section == "vllm" and not uses_vllm:
+            continue
+        if key in ZERO_KNOBS:
+            grpo = _section(values, "grpo")
+            grpo["deepspeed"] = turned(grpo.get("deepspeed"), key, value)
             continue
         if section == "peft" and values.get("peft") is None:
             raise ConfigError("there is no peft section", where=key, fix="Leave this knob out.")

@@ -15,6 +15,7 @@ from grpo_autotune.config.sections.search import SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, engine_knobs, rules, values
 from grpo_autotune.knobs.context import KnobContext
+from grpo_autotune.knobs.sharding import ZERO_KNOBS, zero_rule, zero_value, zero_values
 
 Kind = Literal["exact", "learning"]
 
@@ -131,6 +132,8 @@ TABLE = (
            why="calls at once of a reward over a network") for place in range(8)),
     Knob("grpo.torch_compile", "exact", values.compiling, rules.compile_rule,
          why="fewer kernels per step, for a compilation at the start and at every new shape"),
+    *(Knob(key, "exact", partial(zero_values, key), partial(zero_rule, key), partial(zero_value, key), why=why)
+      for key, why in ZERO_KNOBS.items()),
     Knob("speedups", "exact", values.speed_ups,
          why="work that TRL does twice is done once"),
     Knob("vllm.kv_cache_dtype", "learning", engine_knobs.eight_bits, engine_knobs.cache_type_rule, searched=False,

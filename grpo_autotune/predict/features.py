@@ -19,7 +19,7 @@ PARTS = {
     "generation": "generation", "training_forward": "policy_logprob", "old_policy": "policy_logprob",
     "reference_logprob": "reference_logprob", "backward": "backward", "optimizer": "optimizer", "data": "data",
     "prompt": "prompt", "tools": "tools", "reward": "reward", "weight_sync": "weight_sync", "engine": "engine",
-    "sync_wait": "sync_wait", "log_save_eval": "log_save_eval", "other": "other",
+    "sync_wait": "sync_wait", "collectives": "sync_wait", "log_save_eval": "log_save_eval", "other": "other",
 }  # fmt: skip
 """What is predicted by itself -> the stage that holds it; stages are those of the probe."""
 
@@ -140,6 +140,15 @@ def _sync_wait(load: Workload, rates: Rates) -> Features:
     return {"calls": float(load.facts.passes) if load.trainer.world_size == 1 else 1.0}
 
 
+def _collectives(load: Workload, rates: Rates) -> Features | None:
+    """Several ranks reduce gradients, and those that share a model send its parts."""
+    return (
+        {"calls": 1.0} | ({"sent": load.sent["collectives"]} if load.sent else {})
+        if load.trainer.world_size > 1
+        else None
+    )
+
+
 def _data(load: Workload, rates: Rates) -> Features:
     rows, suffix = load.rows_loaded, "@workers" if load.trainer.dataloader_num_workers else ""
     pixels = rows * load.facts.images * (load.pixels + IMAGE_PIXELS)
@@ -181,6 +190,7 @@ MAKERS: dict[str, Callable[[Workload, Rates], Features | None]] = {
     "weight_sync": lambda load, rates: {"calls": load.generations},
     "engine": lambda load, rates: {"calls": load.generations} if load.wakes else None,
     "sync_wait": _sync_wait,
+    "collectives": _collectives,
     "log_save_eval": lambda load, rates: {"calls": 1.0},
     "other": _other,
 }

@@ -18,6 +18,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import NothingSucceeded
 from grpo_autotune.hardware import Machine, find_gpu
 from grpo_autotune.knobs import engine, knobs_of
+from grpo_autotune.knobs.sharding import ZERO_KNOBS
 from grpo_autotune.predict.calls import longest_s
 from grpo_autotune.predict.features import PARTS, Rates, features
 from grpo_autotune.predict.memory import PeakFit, PeakObservation, increment
@@ -36,6 +37,14 @@ CPU_FLOPS_PER_BYTE = 8.0
 
 GPU_FLOPS_PER_BYTE = 250.0
 """The same for a card that the table of GPUs does not know; those of the last five years lie between 150 and 350."""
+
+LINK_BYTES_S = {"cuda": 2.5e10, "cpu": 1e9}
+"""Bytes that a rank is assumed to send where no probe measured it: over PCIe 4.0 with 16 lanes (31.5 GB/s by its
+specification), and by gloo between processes of one host. Links of GPUs are up to 20 times as fast, networks slower."""
+FEW_TIMES = 4.0
+"""Times the bytes that were sent, up to which these tell the rate: few bytes take the time of their calls."""
+UNKNOWN_SPREAD = 1.0
+"""Relative standard deviation of what follows from such a rate: its interval is a factor of several to either side."""
 
 LEAST_S = 1e-9
 """A part of fewer seconds per step teaches nothing: no clock tells them apart."""
@@ -204,6 +213,9 @@ class Models:
             later_s = load.generations * (longest_s(remote, config) - longest_s(remote, self.base))
             parts["reward"] = max(min(mean, load.generations * math.fsum(plain)), mean + later_s), spread
         workers, seen = load.trainer.dataloader_num_workers, (outcome.record for _, outcome in self.outcomes)
+        for part in SHARED:
+            if part in parts and (part, family(config, part)) not in self._fits:
+                parts[part] = self._shared(part, load, parts[part])
         if "data" in parts and workers and not any(one.trainer.dataloader_num_workers for one in seen if one):
             parts["data"] = self._beside(workers, parts)
         return parts
@@ -216,6 +228,21 @@ class Models:
         hidden = loading - max(0.0, loading / workers - rest)
         busy = 0.0 if self._on_gpu else busy_share(self.record, self.machine, *BUSY_STAGES)
         return loading - hidden * (1.0 - (1.0 if busy is None else busy)), STRANGE_SPREAD
+
+    @cached_property
+    def _sent(self) -> Mapping[str, float]:
+        return self._load(self.base).sent
+
+    def _shared(self, part: str, load: Workload, guess: tuple[float, float]) -> tuple[float, float]:
+        """First guess of a part where ranks share a training in a way that no trial had: the probe's seconds, and what
+        other bytes take, by the rate of those that it sent or, where they are far more, by an assumed one."""
+        before, after = self._sent.get(part, 0.0), load.sent.get(part, 0.0)
+        measured = part_seconds(self.record.timings).get(part, 0.0)
+        if not measured or not after or before == after:
+            return guess
+        if after < FEW_TIMES * before:
+            return measured * after / before, STRANGE_SPREAD * max(1.0, before / after)
+        return measured + (after - before) / LINK_BYTES_S["cuda" if self._on_gpu else "cpu"], UNKNOWN_SPREAD
 
     def _fit_for(self, part: str, choice: str) -> tuple[Fit | None, float]:
         """The fit that knows most about a part, and the doubt that comes with taking another's."""
@@ -262,6 +289,10 @@ class Models:
 
 BUSY_STAGES = ("generation", "policy_logprob", "reference_logprob", "backward")
 """Stages that loader workers share the cores with."""
+SHARED = ("collectives", "optimizer")
+"""Parts of a step that depend on how ranks share it."""
+COLLECTIVES = ("gather_parameters", "reduce_gradients")
+"""Parts of `sync_wait` that are predicted by themselves, as `collectives`."""
 PASSES = ("old_policy", "reference_logprob")
 """Passes without gradients: what the training forward taught prices them until one was timed."""
 
@@ -281,10 +312,11 @@ def place_of(config: RunConfig, load: Workload) -> Place:
 
 def family(config: RunConfig, part: str = "") -> str:
     """Configurations whose stages follow the same features: those with the same speed-ups, compiled or not, and for
-    rewards the same numbers of calls at once."""
+    rewards the same numbers of calls at once, for what ranks share the same stage and devices."""
     compiled = knobs_of(config, ["grpo.torch_compile"])["grpo.torch_compile"]
     lanes = [item.concurrency for item in config.rewards] if part == "reward" else ""
-    return f"{config.speedups}, {'compiled' if compiled else 'eager'}{lanes}"
+    shared = list(knobs_of(config, ZERO_KNOBS).values()) if part in SHARED and config.grpo.get("deepspeed") else ""
+    return f"{config.speedups}, {'compiled' if compiled else 'eager'}{lanes}{shared}"
 
 
 def stage_seconds(timings: StageTimings) -> dict[str, float]:
@@ -294,11 +326,14 @@ def stage_seconds(timings: StageTimings) -> dict[str, float]:
 
 
 def part_seconds(timings: StageTimings) -> dict[str, float]:
-    """The same by the names of `features.PARTS`: the policy's passes apart."""
+    """The same by the names of `features.PARTS`: the policy's passes apart, and collectives."""
     medians = {row.name: _median(row.per_step_s, timings.cycle) for row in timings.stages}
     for row in timings.stages:
         if row.name == "policy_logprob":
             medians |= {part: _median(values, timings.cycle) for part, values in row.parts.items()}
+        if row.name == "sync_wait":
+            sent = math.fsum(_median(row.parts.get(part, []), timings.cycle) for part in COLLECTIVES)
+            medians |= {"collectives": sent, "sync_wait": max(0.0, medians["sync_wait"] - sent)}
     return {part: seconds for part, seconds in medians.items() if part in PARTS}
 
 
@@ -306,6 +341,8 @@ def reported_seconds(timings: StageTimings) -> dict[str, float]:
     """The same as a report's table tells them: what the probe alone has measured is predicted from these numbers."""
     breakdown = break_down(timings)
     parts = {part: s for (stage, part), s in breakdown.parts_s.items() if stage == "policy_logprob"}
+    parts["collectives"] = math.fsum(breakdown.parts_s.get(("sync_wait", part), 0.0) for part in COLLECTIVES)
+    parts["sync_wait"] = breakdown.self_s.get("sync_wait", 0.0) - parts["collectives"]
     return {part: s for part, s in (breakdown.self_s | parts).items() if part in PARTS}
 
 

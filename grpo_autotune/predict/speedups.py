@@ -12,7 +12,7 @@ from grpo_autotune.records.probe import TrainerFacts
 from grpo_autotune.speedups.base import SERVED, kernel_name
 from grpo_autotune.speedups.selection import selections
 
-ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef", "deepspeed", "fsdp")
+ONE_BY_ONE = ("entropy_coef", "use_adaptive_entropy", "router_aux_loss_coef")
 """Keys of `grpo` under which micro batches are not merged (`speedups/batches/merge_passes.py`)."""
 
 
@@ -24,7 +24,7 @@ def effective(config: RunConfig, trainer: TrainerFacts) -> frozenset[str]:
     one_mask = asked.get("shared_prefix", {}).get("dropout") == "shared"
     whole = kernel_name(trainer.attn_implementation) in SERVED and not compiled and (not dropout or one_mask)
     off = set() if whole else {"shared_prefix", "merge_passes"}
-    if compiled or dropout:
+    if compiled or dropout or config.grpo.get("fsdp") or config.grpo.get("fsdp_config"):
         off.add("merge_for_generation")
     if dropout:
         off |= {"merge_passes", "shared_prefill"}

@@ -8,7 +8,7 @@ square law on the grid of tokens.
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
 from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.estimate.sharding import MASTER_BYTES, sent_bytes, shares_of
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value
 from grpo_autotune.knobs.context import gpu_bytes, pixel_bounds
+from grpo_autotune.knobs.sharding import ZERO_KNOBS
 from grpo_autotune.predict.speedups import effective, tower_is_kept, weight_copies
-from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Spread, TokenFacts, TrainerFacts
+from grpo_autotune.records.probe import ImageFacts, ProbeRecord, Sharding, Spread, TokenFacts, TrainerFacts
 from grpo_autotune.rollout.failures import CPU_SPACE
 from grpo_autotune.speedups.base import FEATURE_BYTES
 from grpo_autotune.speedups.batches.passes import Part, Row, planned
@@ -56,6 +58,8 @@ class Workload:
     speedups: frozenset[str]  # those that are asked for and that this setting lets work
     merged: float = 1.0  # micro batches of a training pass
     waves: float = 1.0  # how often the completions of a generation take turns in the engine
+    # bytes that a rank which shares a model sends in an optimizer step, by part of `features.PARTS`
+    sent: Mapping[str, float] = field(default_factory=dict)
     wakes: bool = True  # whether the engine is put to sleep and woken, where the probe's was
 
 
@@ -92,12 +96,16 @@ def workload(
     prompts = plan.micro_batch * plan.accumulation / plan.num_generations
     batches = 1 if "images_once" in chosen(config.speedups) else plan.accumulation  # TRL loads one every micro step
     rows_loaded = float(plan.micro_batch * plan.steps_per_generation * batches)
+    sharding, by_token = trainer.sharding, config.grpo.get("ds3_gather_for_generation") is False
+    gathers_all = sharding is not None and sharding.name == "ZeRO-3" and not by_token
+    gathers = 1.0 if gathers_all or trainer.use_vllm else facts.longest_completion
+    generations = plan.accumulation / (plan.steps_per_generation * plan.num_iterations)
     sizes = Sizes(
         prompt=longest_prompt,
         completion=completion,
         image_tokens=image_max,
         eager=trainer.attn_implementation == "eager",
-        moments_bytes=_moments_bytes(config, facts),
+        moments_bytes=_moments_bytes(config, facts, sharding),
         reference_model=trainer.has_ref_model and trainer.beta != 0,
         engine_bytes=_engine_bytes(config, machine, record, shape, longest_prompt + completion, worst_case=worst_case),
         engine_sleeps=engine.sleep_level(config) > 0,
@@ -107,6 +115,8 @@ def workload(
         feature_limit=FEATURE_BYTES,
         pixel_bytes=facts.training.value_bytes if on_gpu and "images_once" in speedups else PIXEL_BYTES,
         weight_copies=0.0 if shape is None else weight_copies(shape, facts.training, speedups, on_gpu=on_gpu),
+        shares=shares_of(sharding, on_gpu=on_gpu),
+        gathers_all=gathers_all,
     )
     return Workload(
         shape=shape,
@@ -115,10 +125,11 @@ def workload(
         trainer=trainer,
         pixels=pixels,
         rows_loaded=rows_loaded,
-        generations=plan.accumulation / (plan.steps_per_generation * plan.num_iterations),
+        generations=generations,
         speedups=speedups,
         merged=_merged(plan, facts, longest_prompt + completion, speedups, trainer.device),
         waves=engine.waves(config),
+        sent=sent_bytes(sharding, facts, trainer.parameters * facts.training.weight_bytes, generations * gathers),
         wakes=engine.sleep_level(config) > 0 or engine.sleep_level(base) == 0,
     )
 
@@ -235,11 +246,21 @@ def _trainer(config: RunConfig, base: RunConfig, record: ProbeRecord) -> Trainer
         update["peft"] = {**facts.peft, "r": rank}
     if config.speedups != base.speedups:
         update["speedups"] = chosen(config.speedups)
+    update["sharding"] = _sharding(config, facts.sharding)
     packed = _turned(config, base, "model.load_in_4bit")
     if packed is not None:
         quantization = {"load_in_4bit": True} if packed else None
         update["model_config_json"] = {**facts.model_config_json, "quantization_config": quantization}
     return facts.model_copy(update=update)
+
+
+def _sharding(config: RunConfig, probed: Sharding | None) -> Sharding | None:
+    """The parts that ranks share under `config`, which tells where it asks for DeepSpeed; else what the probe saw."""
+    if probed is None or not config.grpo.get("deepspeed"):
+        return probed
+    stage, optimizer, parameters = (knobs_of(config, ZERO_KNOBS)[key] for key in ZERO_KNOBS)
+    update = {"offload_optimizer": optimizer != "none", "offload_parameters": parameters != "none"}
+    return probed.model_copy(update={"name": f"ZeRO-{stage}", **update})
 
 
 def _turned(config: RunConfig, base: RunConfig, key: str) -> Any:
@@ -276,7 +297,9 @@ def _old_policy(config: RunConfig, base: RunConfig, record: ProbeRecord) -> bool
     return parts if aligned[0] == aligned[1] and config.use_vllm == base.use_vllm else None
 
 
-def _moments_bytes(config: RunConfig, facts: WorkFacts) -> float:
+def _moments_bytes(config: RunConfig, facts: WorkFacts, sharding: Sharding | None) -> float:
+    if sharding is not None and sharding.name != "FSDP2":
+        return MASTER_BYTES
     optim = str(config.grpo.get("optim") or "")
     return next((size for word, size in SMALL_MOMENTS.items() if word in optim), 2.0 * facts.training.trainable_bytes)
 

@@ -1,5 +1,6 @@
 """The probe's layers on TRL's seams: most only time a call, a few also read its arguments and its result."""
 
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -8,13 +9,14 @@ from functools import partial
 from typing import Any, Protocol
 
 from grpo_autotune.console import warn
+from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.facts import ImageCollector, RewardCollector, TokenCollector
 from grpo_autotune.probe.spans import SpanRecorder
 from grpo_autotune.probe.stages import APART
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.metrics.scheduler import EngineMeter
 from grpo_autotune.seams.layers import AttributeSlot, ClassSlot, Handle, Layer, Next, take_off, wrap
-from grpo_autotune.seams.table import TABLE, Seam, lost, reward_slots, wrap_rows
+from grpo_autotune.seams.table import DEEPSPEED_STEP, TABLE, Seam, lost, reward_slots, wrap_rows
 
 
 class Observer(Protocol):
@@ -22,6 +24,7 @@ class Observer(Protocol):
 
     trainer: Any
     recorder: SpanRecorder
+    collectives: Collectives
     watched: bool
     fidelity: FidelityMeter
     engine: EngineMeter
@@ -52,6 +55,7 @@ def install(probe: Observer) -> list[Handle]:
         "chat_template": _prompt_layer,
         "prepare_messages": _prompt_layer,
         "log_save_evaluate": _step_end_layer,
+        "backward": _backward_layer,
     }
     if gone := lost(probe.trainer):
         warn(f"not measured, the rest is: {'; '.join(error.what for error in gone.values())}")
@@ -60,7 +64,10 @@ def install(probe: Observer) -> list[Handle]:
     try:
         for name, is_async, slot in reward_slots(probe.trainer):
             handles.append(wrap(slot, _reward_function_layer(probe, name, is_async)))
-        handles += [*_counters(probe), *probe.engine.install()]
+        handles += [*_counters(probe), *probe.engine.install(), *probe.collectives.install()]
+        if (engine := sys.modules.get(DEEPSPEED_STEP.owner)) is not None:
+            slot = AttributeSlot(engine.DeepSpeedEngine, DEEPSPEED_STEP.attribute)
+            handles.append(wrap(slot, _timed_layer(probe, DEEPSPEED_STEP)))
         if not probe.watched:
             handles += probe.fidelity.install()
     except BaseException:
@@ -224,6 +231,16 @@ def _step_end_layer(probe: Observer, row: Seam) -> Layer:
         return result
 
     return step_end
+
+
+def _backward_layer(probe: Observer, row: Seam) -> Layer:
+    timed, collectives = _timed_layer(probe, row), probe.collectives
+
+    def backward(call_next: Next, /, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        collectives.begin_backward(loss)
+        return timed(call_next, loss, *args, **kwargs)
+
+    return backward
 
 
 def _counters(probe: Observer) -> list[Handle]:

@@ -20,6 +20,7 @@ from grpo_autotune.console import HEARTBEAT_S, as_warning, warn
 from grpo_autotune.hardware.device import room_of, runtime_facts
 from grpo_autotune.hardware.device_memory import DEVICE_MEMORY
 from grpo_autotune.hardware.versions import tell_untried
+from grpo_autotune.probe.collectives import Collectives
 from grpo_autotune.probe.exchange import collect, publish
 from grpo_autotune.probe.facts import KEEP, ImageCollector, RewardCollector, TokenCollector, forget
 from grpo_autotune.probe.gauges import gauges_for, ranges_for
@@ -38,6 +39,7 @@ from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
 from grpo_autotune.seams.layers import AttributeSlot, Next, take_off, wrap
+from grpo_autotune.seams.sharding import sharding_fact
 from grpo_autotune.seams.table import CALLBACKS, TABLE
 from grpo_autotune.seams.trainer_access import base_of, end_tokens, image_tokens
 from grpo_autotune.units import duration
@@ -76,6 +78,7 @@ class Probe:
         self.profiles = profile and timer is not None
         self.warmup = self.cycle * (1 + self.profiles) if warmup is None else warmup
         self.recorder = SpanRecorder(timer=timer, memory=self._gauge, ranges=ranges_for(trainer.args.device))
+        self.collectives = Collectives(self.recorder, trainer)
         self.tokens, self.images = TokenCollector(), ImageCollector()
         self.rewards = RewardCollector()
         self.remote = {n: one.remote for n, one in enumerate(trainer.reward_funcs) if hasattr(one, "remote")}
@@ -215,7 +218,7 @@ class Probe:
             ranks=self._ranks(timings),
             device_memory=DeviceMemory(**DEVICE_MEMORY.facts()) if self.recorder.timer is not None else None,
             versions=versions(),
-            runtime=runtime_facts(self.trainer.args.device),
+            runtime=runtime_facts(self.trainer.args.device) | sharding_fact(self.trainer),
         )
 
     def _around_train(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:

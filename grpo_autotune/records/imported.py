@@ -17,15 +17,13 @@ nothing, so it was dropped; or it changes seconds and memory alone."""
 VERDICTS: dict[Verdict, str] = {"changes": "changes meaning", "none": "no equivalent", "speed": "speed only"}
 """Verdict -> its words, where they differ."""
 
-STRICT: tuple[Verdict, ...] = ("changes", "none")
-"""Verdicts after which the imported run may learn something else."""
+STRICT: tuple[Verdict, ...] = ("changes", "none")  # verdicts after which the imported run may learn something else
 
 
-TITLES = {
+TITLES = {  # name of a framework as its authors write it, where that differs
     "easyr1": "EasyR1", "trl": "TRL", "vlm-r1": "VLM-R1", "r1-v": "R1-V", "unsloth": "Unsloth",
     "deepspeed": "DeepSpeed", "accelerate": "Accelerate",
 }  # fmt: skip
-"""Name of a framework as its authors write it, where that differs."""
 
 
 def titled(framework: str, version: str = "") -> str:
@@ -55,7 +53,7 @@ class Imported(Document):
     version: str  # version whose defaults were taken
     version_from: str  # why that one: `--source-version`, the file's own pin, or that it was assumed
     world_size: int  # training processes that the result is written for
-    numbers: dict[str, int]  # G, P, C, E, D and m of `interop.batch.SixNumbers`
+    numbers: dict[str, int]  # G, P, C, E, D and m of `interop.translation.SixNumbers`
     steps_per_rollout: float  # optimizer steps for each rollout
     rows: list[ImportedRow]  # by line, defaults last
     warnings: list[str]
@@ -97,15 +95,12 @@ class Exported(Document):
 
 
 LOG_SCHEMA: Final = "grpo-autotune/log/1"
-TRAINING_PASS = "training pass"
-"""Row of the training forward, backward and optimizer together, where a log has one timer for them."""
-ATOMS = (
+TRAINING_PASS = "training pass"  # the training forward, backward and optimizer in one timer
+ATOMS = (  # stages and parts of stages that a log can tell or keep to itself; `other` is what is left
     *("generation", "policy_logprob.old_policy", "policy_logprob.training_forward", "reference_logprob", "reward"),
     *("backward", "data", "prompt", "tools", "weight_sync", "engine", "sync_wait", "optimizer", "log_save_eval"),
 )
-"""Stages and parts of stages that a log can tell or keep to itself; `other` is what is left."""
-State = Literal["known", "lumped", "unknown"]
-"""Lumped: one timer holds several stages, and nobody can tell them apart. Unknown: a timer of somebody's own."""
+State = Literal["known", "lumped", "unknown"]  # lumped: one timer of several stages; unknown: somebody's own
 
 
 class LoggedStage(Frozen):
@@ -152,8 +147,3 @@ class LogReport(Document):
     warnings: list[str] = []
     bound: str
     verdict: list[Advice] = []
-
-    @property
-    def middle(self) -> str:
-        """The word for `step_s`."""
-        return "median" if self.counted == "rollout" else "mean"

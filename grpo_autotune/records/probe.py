@@ -247,6 +247,24 @@ class RankTimings(Frozen):
     stages: dict[str, float]
 
 
+class Sharding(Frozen):
+    """One rank's part of a training that several share."""
+
+    name: str  # ZeRO-1, ZeRO-2, ZeRO-3, FSDP2
+    ranks: int
+    parameters: float  # share of the model's numbers on this rank between two uses
+    optimizer: float  # share of the trained numbers whose optimizer state is on this rank
+    parameter_bytes: int | None = None  # of this rank's parameters between two uses, as counted
+    # whether the optimizer's state, or parameters, are kept by the host beside a GPU; set where that is predicted
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's; FSDP2 shares as much as stage 3."""
+        return int(self.name.removeprefix("ZeRO-")) if self.name.startswith("ZeRO-") else 3
+
+
 class TrainerFacts(Frozen):
     """Facts of the trainer as it ran, which may differ from its YAML.
 
@@ -285,6 +303,7 @@ class TrainerFacts(Frozen):
     device_room_bytes: int | None = None
     train_rows: int | None = None  # of the data set, and of the held-out ones together; None where they are streamed
     held_out_rows: int | None = None
+    sharding: Sharding | None = None  # None where each rank holds everything
 
     @property
     def rows(self) -> int:

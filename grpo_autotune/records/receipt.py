@@ -42,7 +42,10 @@ class Receipt(_Part):
     versions: dict[str, str] = {}
     """Versions of the packages."""
     runtime: dict[str, str] = {}
-    """Of a GPU: driver, CUDA, cuDNN, NCCL, Triton, power limit, allocator, and the order of attention kernels."""
+    """Of a GPU: driver, CUDA, cuDNN, NCCL, Triton, power limit, allocator, and the order of attention kernels; of a
+    model that several processes share: what each holds (`sharding`)."""
+    processes: int = 1
+    """Training processes that it was measured with."""
     step_s: float
     """Median seconds of an optimizer step."""
     step_s_low: float

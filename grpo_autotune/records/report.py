@@ -101,12 +101,22 @@ class RankStage(Frozen):
     slowest_rank: int
 
 
+class RankRow(Frozen):
+    """Seconds per step of one rank: its own work, and its part in collectives, others' lateness included."""
+
+    rank: int
+    step_s: float
+    compute_s: float
+    wait_s: float
+
+
 class Straggler(Frozen):
     """A rank that works `extra_s` per step longer than the mean of the others, most of it in `stage`."""
 
     rank: int
     extra_s: float
     stage: str
+    others_wait_s: float = 0.0  # seconds per step that each of the others waits longer than it, in the mean
 
 
 class Ranks(Frozen):
@@ -114,6 +124,7 @@ class Ranks(Frozen):
 
     world_size: int
     stages: list[RankStage]
+    rows: list[RankRow] = []
     stragglers: list[Straggler]
 
 

@@ -56,7 +56,9 @@ class Candidate(Frozen):
 
 
 class TrialRow(Frozen):
-    """One trial of the table; `score` is None unless it was measured, `source` names what proposed it."""
+    """One trial of the table; `score` is None unless it was measured, `source` names what proposed it. Of one that ran
+    beside others, on the part of the machine that `place` names, `step_s` is without what that and they cost: over the
+    ratio of the user's own configuration there to the same alone."""
 
     number: int
     purpose: str
@@ -70,6 +72,7 @@ class TrialRow(Frozen):
     elapsed_s: float
     warm: bool
     source: str
+    place: str | None = None
 
 
 class ModelError(Frozen):
@@ -126,6 +129,7 @@ class SearchProgress(NamedTuple):
     speedup: float = 1.0  # the best's score over that of the user's configuration
     # median relative error of the predicted seconds per step; None until a prediction was checked
     step_error: float | None = None
+    said: list[str] = []  # what befell workers so far, a sentence each
 
 
 class SearchReport(Document):

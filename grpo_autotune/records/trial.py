@@ -79,7 +79,9 @@ class TrialSpec(Frozen):
     world_size: int = 1  # processes; more than one are started by `torchrun`
     # where the server listens that was started for it on this machine; None where there is none
     server_port: int | None = None
-    # who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`, `again`; for the record alone
+    # part of the machine that it is pinned to, beside others' trials; None for one that runs alone
+    place: str | None = None
+    # who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`, `again`, `alone`; for the record alone
     source: str = "user"
 
 

@@ -1,28 +1,27 @@
-"""An imported configuration as text for a terminal, each setting of the source by its line; and a probe's split of
-what another framework's timers hold together."""
+"""Text of what was imported: a configuration, each setting of the source by its line; a probe's split of what another
+framework's timers hold together; and the report of a log, as text and as a page."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_autotune.records.imported import STRICT, VERDICTS, Imported, ImportedRow, Verdict, titled
+from grpo_autotune.records.imported import STRICT, VERDICTS, Imported, ImportedRow, LogReport, Verdict, titled
 from grpo_autotune.records.report import Report
-from grpo_autotune.render.text import as_text, section
-from grpo_autotune.units import listing, percent, seconds
+from grpo_autotune.render.text import as_text, section, sections
+from grpo_autotune.units import amount, listing, percent, plural, seconds
 
 STYLES: dict[Verdict, str] = {
     "changes": "bold yellow", "none": "bold red", "converted": "cyan", "speed": "dim",
 }  # fmt: skip
-MOST_OF_VALUE = 120
-"""Characters that are shown of a value."""
-LONG = 40
-"""Characters above which the same words are not said twice."""
+MOST_OF_VALUE = 120  # characters that are shown of a value
+LONG = 40  # characters above which the same words are not said twice
 
 
 def render_imported(imported: Imported, width: int, *, colour: bool = False) -> str:
@@ -86,7 +85,6 @@ def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
 
 
 def _value(value: Any) -> str:
-    """A value as YAML has it, cut where it is long."""
     plain = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join(plain.split())
     return text if len(text) <= MOST_OF_VALUE else f"{text[: MOST_OF_VALUE - 4]} ..."
@@ -111,8 +109,7 @@ def named(row: ImportedRow) -> str:
     return row.key if row.line is None else place_of(row) if row.file else f"line {row.line}"
 
 
-LUMPS = {"verl": "update_actor", "easyr1": "update_actor"}
-"""Framework -> its timer around the whole training pass; the others have none, and so no split of one."""
+LUMPS = {"verl": "update_actor", "easyr1": "update_actor"}  # framework -> its timer around the training pass
 
 
 def split_lines(report: Report, framework: str) -> Iterator[str]:
@@ -127,3 +124,85 @@ def split_lines(report: Report, framework: str) -> Iterator[str]:
         shares = ", ".join(f"{percent(piece / whole)} {part}" for part, piece in pieces.items())
         yield f"{name} holds {shares}: {seconds(whole)} of a step of {seconds(report.step_s)}."
         yield f"That is TRL on this machine, with the imported batch; {titled(framework)} itself was not measured."
+
+
+BAR_CELLS = 16
+LEFT = ("what the others leave of the step",)
+
+
+def render_log(report: LogReport, width: int = 100) -> str:
+    """The report as text for a terminal of `width` columns."""
+    head = [*_header(report), *(f"\nWARNING: {line}" for line in report.warnings)]
+    table: list[RenderableType] = [Text(""), stage_table(report)] if report.stages else []
+    return as_text([*map(Text, head), *table, *sections(_notes(report))], width, colour=False)
+
+
+def log_page(report: LogReport) -> str:
+    """The report as a page."""
+    from grpo_autotune.render.page import Lines, Section, from_rich, render_page
+    from grpo_autotune.render.probe_page import step_picture, steps_picture
+
+    head = [Lines([report.bound], strong=True), Lines(report.warnings, title="Warnings", strong=True)]
+    split = [step_picture(report), *steps_picture(report)] if report.stages else []
+    table = [from_rich(stage_table(report), anchor="stage")] if report.stages else []
+    notes = [Lines(lines, title=title) for title, lines in _notes(report).items()]
+    title = f"A step of {report.framework}: {seconds(report.step_s)}"
+    return render_page(
+        title,
+        [
+            Section("summary", "In short", [*head, Lines(list(_header(report)))]),
+            Section("step", "Where a step goes", split),
+            Section("stages", "Stages", table),
+            Section("notes", "What the log says, and what it does not", notes),
+        ],
+    )
+
+
+def stage_table(report: LogReport) -> Table:
+    """One row for each of the log's timers, longest first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("stage", "one step", no_wrap=True)
+    table.add_column("time", seconds(report.step_s), justify="right", no_wrap=True)
+    table.add_column("spread", f"± {seconds(report.step_spread_s)}", justify="right", no_wrap=True)
+    table.add_column("share", percent(1.0), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in report.stages:
+        bar = "█" * round(min(1.0, max(0.0, row.share)) * BAR_CELLS)
+        table.add_row(row.name, seconds(row.self_s), f"± {seconds(row.spread)}", percent(row.share), bar, row.state)
+    return table
+
+
+def _header(report: LogReport) -> Iterator[str]:
+    middle = "median" if report.counted == "rollout" else "mean"
+    used = f"{plural(len(report.steps), 'step')} used, {report.steps[0]} to {report.steps[-1]}"
+    yield f"{seconds(report.step_s)} per {report.counted} of {report.framework} ({middle}; {used})"
+    spot = f"lines {report.lines[0]} to {report.lines[-1]} of {report.file}"
+    yield f"Read from {spot}: seconds by its own clock, from {report.whole}"
+
+
+def _notes(report: LogReport) -> dict[str, list[str]]:
+    lumps = [f"{row.name}: {', '.join(row.holds)}" for row in report.stages if row.state == "lumped"]
+    keys = [f"{row.name} = {' '.join(row.keys if row.keys[0] != report.whole else LEFT)}" for row in report.stages]
+    strange = [row.name for row in report.stages if row.state == "unknown"]
+    absent = ", ".join(report.absent) if report.stages else "every stage"
+    absent += f" (or inside {listing(strange)})" if strange else ""
+    beside = [f"{name}: {seconds(fact.value)}" for name, fact in report.beside.items()]
+    shares = ("completions cut off", "groups of equal rewards")
+    facts = [
+        f"{name}: {(percent if name in shares else amount)(fact.value)} ({fact.key})"
+        for name, fact in report.facts.items()
+    ]
+    notes = {
+        "What bounds it": [report.bound],
+        "Lumped: one timer, and nobody can tell apart": lumps,
+        "Keys of the log behind each row": keys,
+        "Unknown to this tool: timers of the run's own": strange,
+        "Absent: not in this log": [absent],
+        "Timers beside the step (means where they are; per request, or outside of it)": beside,
+        "Means of the steps used": facts,
+        "Against the configuration": report.checks,
+        "Skipped": [f"{reason}: {count}" for reason, count in report.skipped.items()],
+        "What to change": [advice.text for advice in report.verdict],
+    }
+    return {title: lines for title, lines in notes.items() if lines}

@@ -1,7 +1,7 @@
 """A search while it runs: a live panel on a terminal, a plain line now and then elsewhere."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from rich.console import Console, Group
@@ -28,7 +28,7 @@ class SearchView:
         self._console, self._clock = console, clock
         self.tell: Callable[[SearchProgress], None] = lambda state: None  # given each state, too
         self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
-        self._printed_trial: int | None = None
+        self._printed_trials, self._now = set[int](), dict[str | None, str]()  # the latter by place
         self._printed_s, self._printed_reasons = 0.0, set[str]()
 
     def __enter__(self) -> Self:
@@ -45,26 +45,35 @@ class SearchView:
 
     def show(self, state: SearchProgress) -> None:
         self.tell(state)
+        place = state.trial.place
+        for other in [other for other in self._now if place is None or other is None]:
+            del self._now[other]
+        self._now[place] = _trial(state)
         if self._live is not None:
-            self._live.update(Padding(Group(*(Text(line) for line in panel(state))), (0, 1)), refresh=True)
+            lines = panel(state, list(self._now.values()))
+            self._live.update(Padding(Group(*map(Text, lines)), (0, 1)), refresh=True)
             return
         number, now = state.trial.number, self._clock()
-        if number != self._printed_trial or now - self._printed_s >= PLAIN_EVERY_S:
-            self._printed_trial, self._printed_s = number, now
+        if number not in self._printed_trials or now - self._printed_s >= PLAIN_EVERY_S:
+            self._printed_trials.add(number)
+            self._printed_s = now
             self.say(plain_line(state))
-            for row in state.skipped:
-                if row.why not in self._printed_reasons:
-                    self._printed_reasons.add(row.why)
-                    self.say(f"not run: {row.count} combinations, {row.why}")
+            skipped = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
+            for why, line in {**skipped, **dict(zip(state.said, state.said, strict=True))}.items():
+                if why not in self._printed_reasons:
+                    self._printed_reasons.add(why)
+                    self.say(line)
 
 
-def panel(state: SearchProgress) -> list[str]:
-    """The lines of the live view."""
-    lines = [f"Search  {_left(state)}, {state.done} trials done", f"now     {_trial(state)}"]
+def panel(state: SearchProgress, now: Sequence[str] = ()) -> list[str]:
+    """The lines of the live view; `now` has one for the trial of each worker."""
+    lines = [f"Search  {_left(state)}, {state.done} trials done"]
+    lines += [f"now     {line}" for line in now or [_trial(state)]]
     if state.baseline_step_s is not None and state.best_step_s is not None:
         step, changed = seconds(state.best_step_s), changes(state.best_changed, state.baseline)
         lines.append(f"own     {seconds(state.baseline_step_s)} per step")
         lines.append(f"best    x {state.speedup:.2f}, {step} per step: {changed}")
+    lines += [f"lost    {line}" for line in state.said[-MOST_SKIPPED:]]
     for row in state.skipped[:MOST_SKIPPED]:
         lines.append(f"skipped {row.count}: {row.why}")
     if state.step_error is not None:
@@ -90,6 +99,7 @@ def _trial(state: SearchProgress) -> str:
     """The trial under way, its stage, and its changes cut to a line's end."""
     trial, progress = state.trial, state.progress
     name = f"trial {trial.number}{' (race)' if trial.source == 'race' else PURPOSES[trial.purpose]}"
+    name += f" on {trial.place}" if trial.place else ""
     stage = "" if progress is None else f"; {_stage(progress)}"
     text = ", ".join(f"{key.rpartition('.')[2]} {value_text(value)}" for key, value in state.changed.items())
     if len(text) > SHORT:

@@ -1,6 +1,5 @@
 """The page of a search: the race, the trials, the models, and what was not proven, from `search.json`."""
 
-import itertools
 from collections.abc import Iterator
 
 from grpo_autotune.records.search import Candidate, SearchReport
@@ -9,7 +8,9 @@ from grpo_autotune.render import search as text
 from grpo_autotune.render.page import Block, Diff, Lines, Picture, Section, Table, from_rich
 from grpo_autotune.render.probe_page import machine_sections
 from grpo_autotune.report.configuration import tuned_diff
-from grpo_autotune.units import percent, seconds, size
+from grpo_autotune.units import percent, plural, seconds, size
+
+CHANGES = "changes, or reason"
 
 
 def search_title(report: SearchReport) -> str:
@@ -66,24 +67,28 @@ def _race(report: SearchReport) -> Picture:
 
 
 def _trials(report: SearchReport) -> Iterator[Block]:
-    ends = list(itertools.accumulate((trial.elapsed_s for trial in report.trials), initial=0.0))
-    rows = [
-        {"trial": t.number, "lane": t.purpose, "status": t.status, "begin": a / 60, "end": b / 60, "why": t.why or ""}
-        for t, (a, b) in zip(report.trials, itertools.pairwise(ends), strict=True)
-    ]
+    ends: dict[str | None, float] = {None: 0.0}  # by place: others' trials run beside, those without one alone
+    rows = []
+    for t in report.trials:
+        begin = max(ends.values()) if t.place is None else max(ends[None], ends.get(t.place, 0.0))
+        ends[t.place] = end = begin + t.elapsed_s
+        row = {"trial": t.number, "lane": t.place or t.purpose, "status": t.status, "why": t.why or ""}
+        rows.append({**row, "begin": begin / 60, "end": end / 60})
     knobs = report.baseline.knobs
     cells = [
-        (str(t.number), t.purpose, t.source, t.status, t.step_s and seconds(t.step_s),
+        (str(t.number), t.purpose, t.source, t.place or "alone", t.status, t.step_s and seconds(t.step_s),
          t.predicted_s and seconds(t.predicted_s), t.peak_bytes and size(t.peak_bytes), seconds(t.elapsed_s),
          t.why or text.changes({k: v for k, v in t.knobs.items() if k in knobs and v != knobs[k]}, knobs))
         for t in report.trials
     ]  # fmt: skip
-    columns = ("trial", "purpose", "by", "status", "per step", "predicted", "memory", "took", "changes, or reason")
+    columns = ("trial", "purpose", "by", "on", "status", "per step", "predicted", "memory", "took", CHANGES)
     colour = draw.coloured("status", rows, draw.STATUS_COLOURS)
     chart = draw.lanes(rows, "minutes of trials", colour, draw.WIDTH - 60)
     failed = sum(trial.status != "ok" for trial in report.trials)
-    alt = f"{len(rows)} trials one after the other over {seconds(ends[-1])}, coloured by status; {failed} failed"
-    note = "One after the other by the time that each took; those of a race ran side by side."
+    beside = len(ends) - 1
+    how = f"on {plural(beside, 'worker')}" if beside else "one after the other"
+    alt = f"{len(rows)} trials {how} over {seconds(max(ends.values()))}, coloured by status; {failed} failed"
+    note = "One after the other by the time that each took, a worker's in its own row; those of a race ran in turns."
     yield draw.picture("Trials over time", alt, chart, Table(columns, cells, "trial"), note)
     yield Lines(list(text.failure_lines(report)), title="Trials that failed")
 

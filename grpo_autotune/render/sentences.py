@@ -16,7 +16,7 @@ LEGEND = {
     "tools": "calls of tools, and resets of environments",
     "weight_sync": "pushing the weights to vLLM",
     "engine": "vLLM's sleep and wake-up",
-    "sync_wait": "waiting for other ranks",
+    "sync_wait": "waiting for other ranks, and what passes between them",
     "optimizer": "clipping the gradient and updating the weights",
     "log_save_eval": "logging, checkpoints and evaluation",
     "other": "everything between these (score: in TRL's generate-and-score; step: in the training loop)",
@@ -50,6 +50,8 @@ def header_lines(report: Report) -> list[str]:
         meaning = rates.useless or "those in groups whose rewards differ, less one per group"
         lines.append(f"{useful} useful completions/s ({meaning})")
     facts = [f"Model:   {_model(report)}", f"Batch:   {_batch(report)}", f"Machine: {_machine(report)}"]
+    if "sharding" in report.runtime:
+        facts.append(f"Sharing: {report.runtime['sharding']}")
     if report.trainer.speedups:
         facts.append(f"Speed-ups: {', '.join(report.trainer.speedups)}")
     return [*lines, "", *facts]
@@ -108,8 +110,8 @@ def legend(report: Report) -> str:
         text += "often as it is trained on)"
     text += "."
     if report.trainer.world_size > 1:
-        text += " With several ranks: waiting inside DDP's all-reduce of the gradients happens within backward and is "
-        text += "counted there; sync_wait holds the gathers, reduces and barriers of TRL and accelerate."
+        text += " Of sync_wait gather_parameters and reduce_gradients happen within the other stages and are taken out "
+        text += "of them; exchange is what TRL and accelerate gather, reduce and wait for."
     if any(row.limit_share is not None for row in report.stages):
         text += " Of limit: how near to the matrix rate or memory bandwidth that was measured on this machine."
     return text

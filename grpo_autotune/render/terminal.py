@@ -10,7 +10,7 @@ from rich.text import Text
 
 from grpo_autotune.records.alerts import outcome
 from grpo_autotune.records.evaluation_lines import LEGEND, table_lines
-from grpo_autotune.records.report import Advice, PartRow, Report, StageReport
+from grpo_autotune.records.report import Advice, PartRow, Ranks, Report, StageReport
 from grpo_autotune.render.remote import remote_parts
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
@@ -20,6 +20,7 @@ from grpo_autotune.units import percent, seconds, size
 BAR_CELLS = 16
 LEAST_PART_SHARE = 0.005
 EVEN_RANKS = 1.02
+MOST_RANKS = 16
 TITLES = {
     "exact": "What to change: same learning (each line predicted for that change alone)",
     "learning": "What to change: alters what is learned, so check the reward (each line for that change alone)",
@@ -55,10 +56,12 @@ def _sections(report: Report, width: int) -> Iterator[RenderableType]:
     if report.ranks is not None:
         yield Text("\nRanks", style="bold")
         yield rank_table(report)
+        yield each_rank_table(report.ranks)
         for straggler in report.ranks.stragglers:
             yield Text(
                 f"Straggler: rank {straggler.rank} works {seconds(straggler.extra_s)} per step longer than the others, "
-                f"most of it in {straggler.stage}."
+                f"most of it in {straggler.stage}; each of them waits {seconds(straggler.others_wait_s)} per step "
+                "longer than it."
             )
     yield from _verdict(report)
 
@@ -92,7 +95,7 @@ def _parts_worth_a_row(row: StageReport) -> list[PartRow]:
     if row.name == "policy_logprob":
         return row.parts
     large = [part for part in row.parts if part.share >= LEAST_PART_SHARE]
-    return large if len(large) > 1 or row.name == "log_save_eval" else []
+    return large if len(large) > 1 or row.name in ("log_save_eval", "sync_wait") else []
 
 
 def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
@@ -119,6 +122,17 @@ def rank_table(report: Report) -> Table:
         if row.slowest_s > 0.0:
             which = f"rank {row.slowest_rank}" if row.slowest_s > EVEN_RANKS * row.mean_s else "all alike"
             table.add_row(row.name, seconds(row.mean_s), seconds(row.slowest_s), which)
+    return table
+
+
+def each_rank_table(ranks: Ranks) -> Table:
+    """One row per rank: its step, its own work, its wait; of many ranks those that work longest."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("rank", "step", "works", "waits"):
+        table.add_column(title, justify="right", no_wrap=True)
+    longest = sorted(ranks.rows, key=lambda row: -row.compute_s)[:MOST_RANKS]
+    for row in sorted(longest, key=lambda row: row.rank):
+        table.add_row(str(row.rank), seconds(row.step_s), seconds(row.compute_s), seconds(row.wait_s))
     return table
 
 

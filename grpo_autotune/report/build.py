@@ -11,7 +11,7 @@ from grpo_autotune.hardware import Ceilings, Machine
 from grpo_autotune.predict.objective import run_steps, useful_completions
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means, seconds_once
-from grpo_autotune.records.report import PartRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
+from grpo_autotune.records.report import PartRow, RankRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
 from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
@@ -137,7 +137,7 @@ def _per_step(one: RemoteCalls, facts: Facts) -> RemoteCalls:
 
 
 def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
-    """Mean and slowest rank of each stage; None for a run of one rank."""
+    """Mean and slowest rank of each stage, and work and wait of each rank; None for a run of one."""
     if len(rows) < 2:
         return None
     names = list(dict.fromkeys(name for row in rows for name in row.stages))
@@ -149,8 +149,10 @@ def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
         mean_s = statistics.fmean(spent.values())
         stages.append(RankStage(name=name, mean_s=mean_s, slowest_s=spent[slowest], slowest_rank=slowest))
     stragglers = [
-        Straggler(rank=e.rank, extra_s=e.extra_s, stage=e.stage)
+        Straggler(rank=e.rank, extra_s=e.extra_s, stage=e.stage, others_wait_s=e.others_wait_s)
         for e in excesses(rows)
         if e.extra_s > STRAGGLER_SHARE * step_s
     ]
-    return Ranks(world_size=len(rows), stages=stages, stragglers=stragglers)
+    waits = [(row, row.stages.get("sync_wait", 0.0)) for row in rows]
+    each = [RankRow(rank=row.rank, step_s=row.step_s, compute_s=row.step_s - s, wait_s=s) for row, s in waits]
+    return Ranks(world_size=len(rows), stages=stages, rows=each, stragglers=stragglers)

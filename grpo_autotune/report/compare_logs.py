@@ -9,8 +9,7 @@ from grpo_autotune.records.imported import ATOMS, TRAINING_PASS, LogReport
 from grpo_autotune.records.probe import cycle_means
 from grpo_autotune.report.compare import DRIFT_CPU, DRIFT_GPU, ON_HOST, Run, facts_of, half_interval, ratio_row
 
-UNTIMED = {"data", "prompt", "tools", "optimizer", "log_save_eval", "sync_wait"}
-"""Stages that a run has although its log may not time them; others that are absent did not run."""
+UNTIMED = {"data", "prompt", "tools", "optimizer", "log_save_eval", "sync_wait"}  # stages that run untimed
 ROWS = "completions per step"
 SHARES = ("completions cut off", "groups of equal rewards")
 TOGETHER = frozenset(("policy_logprob.training_forward", "backward", "optimizer", "sync_wait"))

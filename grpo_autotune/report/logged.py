@@ -3,34 +3,40 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from grpo_autotune.advice.logged import advice, bound
-from grpo_autotune.interop.logs.clock import Timed, timed
-from grpo_autotune.interop.logs.steps import FACTS, LoggedSteps
-from grpo_autotune.interop.logs.timers import LEFT_OVER, RAY, Part
+from grpo_autotune.interop.logs.clock import LEFT_OVER, Part, Timed, timed
+from grpo_autotune.interop.logs.steps import FACTS, RAY, LoggedSteps
 from grpo_autotune.probe.breakdown import half_quartile_range
 from grpo_autotune.records.imported import ATOMS, LoggedFact, LoggedStage, LogReport, State
 
-SILENT = ("/min", "num_preempted", "slowest", "ratio")
-"""In keys of timers that are no seconds, or say nothing that others do not."""
+SILENT = ("/min", "num_preempted", "slowest", "ratio")  # no seconds, or nothing that others do not say
 STATES: dict[int, State] = {0: "unknown", 1: "known"}
-WHOLE = 0.01
-"""Share by which a count that was recovered may miss a whole number."""
+WHOLE = 0.01  # share by which a count that was recovered may miss a whole number
+
+RECOVERED = {  # quantity -> what a step's tokens are divided by
+    "completions per step": ("prompt_length/mean", "+", "response_length/mean"),
+    "GPUs": ("perf/time_per_step", "x", "perf/throughput"),
+}
 
 
 def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogReport:
-    """The report of a log; `numbers`, the six numbers of the configuration, is held against what the log says of them.
-    ConfigError where it has no step, or no seconds."""
+    """The report of a log, with `numbers` of the configuration held against it. ConfigError where it has no step, or no
+    seconds."""
     log = LoggedSteps(path)
     times = timed(log)
     steps = list(times.seconds)
     seconds = list(times.seconds.values())
     step_s = (statistics.median if times.counted == "rollout" else statistics.fmean)(seconds)
     stages = _stages(times, step_s)
-    facts = dict([*_facts(log, steps), *_recovered(log, steps)])
+    facts: dict[str, LoggedFact] = {}
+    for name, keys in FACTS.items():
+        for key, value in [*_means(log, steps, keys)][:1]:
+            facts[name] = LoggedFact(value=value, key=key)
+    facts |= dict(_recovered(log, steps))
     if "reward, mean" not in facts:
         log.warnings.append("no reward in this log: it may be of another kind of training than GRPO")
     report = LogReport(
@@ -66,53 +72,32 @@ def _stages(times: Timed, step_s: float) -> list[LoggedStage]:
 
 
 def _means(log: LoggedSteps, steps: Iterable[int], keys: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """Mean of each key over the steps that have it; over all where the steps are a progress bar's."""
-    used = [log.values[step] for step in steps if step in log.values] or [*log.values.values()]
     for key in keys:
-        if read := [values[key] for values in used if key in values]:
+        if read := [log.values[step][key] for step in steps if key in log.values[step]]:
             yield key, statistics.fmean(read)
 
 
-def _facts(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact]]:
-    for name, keys in FACTS.items():
-        for key, value in [*_means(log, steps, keys)][:1]:
-            yield name, LoggedFact(value=value, key=key)
-
-
 def _beside(log: LoggedSteps, steps: list[int], stages: list[LoggedStage]) -> dict[str, LoggedFact]:
-    """Means of the timers that no row of the step is made of."""
     used = {key.removeprefix("-") for row in stages for key in row.keys} | {RAY + key for key in ("step", *LEFT_OVER)}
-    keys = {key: None for step in steps for key in log.values.get(step, {}) if key.startswith(RAY)}
+    keys = {key: None for step in steps for key in log.values[step] if key.startswith(RAY)}
     kept = [key for key in keys if key not in used and not any(word in key for word in SILENT)]
     return {key.removeprefix(RAY): LoggedFact(value=mean, key=key) for key, mean in _means(log, steps, kept)}
 
 
 def _recovered(log: LoggedSteps, steps: list[int]) -> Iterator[tuple[str, LoggedFact]]:
     """Completions per step and GPUs from each line's tokens, lengths and throughput: the median, if it is whole."""
-    for name, (key, factors) in RECOVERED.items():
+    for name, (one, sign, other) in RECOVERED.items():
         read = []
-        for values in (log.values.get(step, {}) for step in steps):
+        for values in (log.values[step] for step in steps):
             with suppress(KeyError, ZeroDivisionError):
-                read.append(values["perf/total_num_tokens"] / factors(values))
+                pair = values[one], values[other]
+                read.append(values["perf/total_num_tokens"] / (sum(pair) if sign == "+" else math.prod(pair)))
         count = statistics.median(read or [0.0])
         if count and abs(count - round(count)) <= WHOLE * count:
-            yield name, LoggedFact(value=round(count), key=f"perf/total_num_tokens / ({key})")
-
-
-RECOVERED: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
-    "completions per step": (
-        "prompt_length/mean + response_length/mean",
-        lambda values: values["prompt_length/mean"] + values["response_length/mean"],
-    ),
-    "GPUs": (
-        "perf/time_per_step x perf/throughput",
-        lambda values: values["perf/time_per_step"] * values["perf/throughput"],
-    ),
-}
+            yield name, LoggedFact(value=round(count), key=f"perf/total_num_tokens / ({one} {sign} {other})")
 
 
 def _checks(facts: Mapping[str, LoggedFact], numbers: Mapping[str, float]) -> Iterator[str]:
-    """The configuration's numbers against those that the log recovers."""
     ranks = round(numbers["D"])
     wanted = {"completions per step": round(numbers["P"] * numbers["G"]), "GPUs": ranks}
     for name, given in wanted.items():

@@ -14,8 +14,9 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.architectures import ARCHITECTURES
 from grpo_autotune.estimate.shapes import ModelShape
-from grpo_autotune.knobs import PROMPTS, Knobs, knobs_of, with_knobs
+from grpo_autotune.knobs import PROMPTS, Knobs, context_of, knob, knobs_of, with_knobs
 from grpo_autotune.knobs.apply import GROUP, MICRO, why_not
+from grpo_autotune.knobs.sharding import STAGE, ZERO_KNOBS
 from grpo_autotune.knobs.values import divisors
 from grpo_autotune.predict.models import CONFIDENCE, Models
 from grpo_autotune.predict.objective import groups_per_step, occasions_of, run_steps, steps_between
@@ -31,7 +32,7 @@ RANKS, BUDGETS_GB = (4, 8, 16, 32, 64, 128, 256), (24.0, 40.0, 80.0, 141.0)
 MOST_REACH, OTHER_MODEL = math.log(10.0), math.log(2.0)
 """Of an interval to either side, as a logarithm: one step alone tells no scatter; and what another model adds, whose
 layers run at other shares of the machine's ceilings."""
-CHEAPER = {"grpo.gradient_checkpointing": True, MICRO: 1, IMAGE_SIZE: 384, "model.load_in_4bit": True}
+CHEAPER = {"grpo.gradient_checkpointing": True, STAGE: 3, MICRO: 1, IMAGE_SIZE: 384, "model.load_in_4bit": True}
 """Changes that take less memory, in the order in which they are tried."""
 CHECKPOINT_S, CHECKPOINT_REACH = 12 / 5e8, math.log(5.0)
 """Of a trained weight, it and two moments, at the rate of a disk, which is assumed."""
@@ -159,6 +160,18 @@ class Basis:
                     yield self.choice(str(size), knobs)
                     break
 
+    def sharding(self) -> Iterator[Choice]:
+        """DeepSpeed's stage now, the other stages, and what can be kept on the host; none without DeepSpeed."""
+        base, machine, record = self.models.base, self.models.machine, self.models.record
+        if (sharding := record.trainer.sharding) is None:
+            return
+        yield self.choice(f"{sharding.name} (now)", {})
+        for key in ZERO_KNOBS:
+            for value in knob(key).values(context_of(base, machine, record))[1:]:
+                if why_not(base, {key: value}, machine, record) is None:
+                    of = key.split(".")[-2]
+                    yield self.choice(f"ZeRO-{value}" if key == STAGE else f"{of}: {value}", {key: value})
+
     def other_models(self) -> Iterator[Choice]:
         """Every listed model in place of the measured one, at this machine's rates; text models where no image is."""
         for name, row in ARCHITECTURES.items():
@@ -248,6 +261,7 @@ def plan_of(basis: Basis, now: datetime, memory_gb: float | None = None, notes: 
             "image size": list(basis.image_sizes()),
             "num_generations": list(basis.group_sizes()),
             "model": list(basis.other_models()),
+            "sharding": list(basis.sharding()),
         },
         budgets={f"{gb:g} GB": basis.budget(gb) for gb in sorted({*BUDGETS_GB, memory_gb or BUDGETS_GB[0]})},
         passes=list(basis.passes()),

@@ -8,9 +8,10 @@ it counts as whole when what a resumed run loads from it opens.
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,6 +25,9 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SHARDED_OPTIMIZER = ("global_step*", "optimizer_*", "pytorch_model_fsdp*")
 """Folders that DeepSpeed and FSDP write in place of `optimizer.pt`."""
 
+WHOLE = "no sharding"
+FSDP_FILES = {"FULL_STATE_DICT": "pytorch_model_fsdp.bin", "SHARDED_STATE_DICT": "pytorch_model_fsdp_0"}
+"""`state_dict_type` of FSDP -> what accelerate writes for it."""
 WEIGHTS_ONLY = "it holds weights without the optimizer's state (grpo.save_only_model)"
 """The flaw of a checkpoint that is whole but for what training needs to go on."""
 
@@ -44,11 +48,37 @@ def survey(folder: Path) -> list[Checkpoint]:
     return [Checkpoint(path, step, find_flaw(path)) for step, path in sorted(saved, reverse=True)]
 
 
-def seal(folder: Path, world_size: int) -> None:
-    """Write the marker: every file below `folder` with its size in bytes, and the number of processes that wrote it."""
+def seal(folder: Path, world_size: int, completions: int, earlier: Iterable[int] = ()) -> None:
+    """Write the marker: every file below `folder` with its size in bytes, the number of processes that wrote it, and
+    the batch: its completions per step, and the numbers of processes that had it, `earlier` ones of the run too."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(MARKER, None)
-    write_whole(folder / MARKER, json.dumps({"world_size": world_size, "files": files}, indent=1))
+    batch = {"completions": completions, "processes": sorted({*earlier, world_size})}
+    write_whole(folder / MARKER, json.dumps({"world_size": world_size, "batch": batch, "files": files}, indent=1))
+
+
+def batch_of(folder: Path) -> tuple[int, list[int]]:
+    """Completions per step of the run that saved a checkpoint, and the numbers of processes that it has had; 0 and none
+    where it has no marker of ours."""
+    batch = (_read_json(folder / MARKER) or {}).get("batch", {})
+    return batch.get("completions", 0), batch.get("processes", [])
+
+
+class SavedBy(NamedTuple):
+    """The processes that saved a checkpoint, and how they shared the model."""
+
+    kind: str  # `WHOLE`, `ZeRO-1 or 2`, `ZeRO-3`, `FSDP (FULL_STATE_DICT)`
+    processes: int  # 1 where nothing tells
+
+
+def saved_by(folder: Path) -> SavedBy:
+    """The processes that saved a checkpoint, as its files tell."""
+    told = (_read_json(folder / MARKER) or {}).get("world_size", 1)
+    if parts := list(folder.glob("global_step*/*_optim_states.pt")):
+        whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
+        return SavedBy("ZeRO-1 or 2" if whole else "ZeRO-3", len(parts))
+    of_fsdp = (f"FSDP ({kind})" for kind, name in FSDP_FILES.items() if (folder / name).exists())
+    return SavedBy(next(of_fsdp, WHOLE), told)
 
 
 def set_aside(checkpoint: Checkpoint) -> Path:

@@ -5,13 +5,15 @@ batch wholly of such rows it hands the model image tensors of no rows, which its
 row has an empty list of images, a generation wholly of them has tensors of no images, and the model gets none of those.
 
 Several processes add up the gradients of all trained weights, and wait for those of a tower that has seen no image on
-one of them: such a micro batch is given a blank image whose features are multiplied by zero. And a process whose rows
-all have an empty list of images takes part where TRL gathers those of the others.
+one of them; a sharded tower, trained or not, runs on all of them or on none. So such a micro batch, and the prompts of
+such a generation, are given a blank image whose features are multiplied by zero, in the place where the others run the
+tower. And a process whose rows all have an empty list of images takes part where TRL gathers those of the others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grpo_autotune.seams.fully_sharded import gathers
 from grpo_autotune.seams.layers import INNER, AttributeSlot, ClassSlot, Handle, Layer, Next, wrap
 from grpo_autotune.seams.stored_images import image_columns
 from grpo_autotune.seams.table import wrap_seams
@@ -33,7 +35,8 @@ def mend(trainer: Any) -> list[Handle]:
         handles += wrap_seams(trainer, rollout=_rollout)
     for model in models_of(trainer):
         backbone = base_of(model).base_model
-        handles.append(wrap(AttributeSlot(backbone, "forward"), _forward(trainer, backbone), INNER))
+        layer = _forward(trainer, backbone, with_images=bool(image_columns(columns)))
+        handles.append(wrap(AttributeSlot(backbone, "forward"), layer, INNER))
     return handles
 
 
@@ -63,16 +66,23 @@ def _rollout(call_next: Next, /, prompts: list[Any], *args: Any, **kwargs: Any) 
     return *others, [None] * len(prompts) if images is None else images, of_tools
 
 
-def _forward(trainer: Any, backbone: Any) -> Layer:
+def _forward(trainer: Any, backbone: Any, *, with_images: bool) -> Layer:
     tower = getattr(backbone, "visual", None)
     waited_for = trainer.accelerator.num_processes > 1 and tower is not None
 
+    def with_nothing(embedding: Any, inputs: Any, states: Any) -> Any:
+        return states + _nothing(tower).to(states.dtype)
+
     def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         kwargs = without_empty(kwargs)
-        outputs = call_next(*args, **kwargs)
-        if waited_for and kwargs.get(PATCHES) is None and _is_trained(tower):
-            outputs.last_hidden_state = outputs.last_hidden_state + _nothing(tower)
-        return outputs
+        others_run = waited_for and (_is_trained(tower) or (with_images and _is_shared(tower, kwargs)))
+        if not others_run or kwargs.get(PATCHES) is not None:
+            return call_next(*args, **kwargs)
+        handle = backbone.get_input_embeddings().register_forward_hook(with_nothing)
+        try:
+            return call_next(*args, **kwargs)
+        finally:
+            handle.remove()
 
     return forward
 
@@ -81,6 +91,11 @@ def _is_trained(tower: Any) -> bool:
     import torch
 
     return torch.is_grad_enabled() and any(weight.requires_grad for weight in tower.parameters())
+
+
+def _is_shared(tower: Any, kwargs: Mapping[str, Any]) -> bool:
+    past = kwargs.get("past_key_values")  # beyond the prompt no rank has images
+    return gathers(tower) and not (past is not None and past.get_seq_length())
 
 
 def _nothing(tower: Any) -> Any:

@@ -77,12 +77,12 @@ TABLE = (
     Seam("pad", "data", GRPO_MODULE, "pad", "pad"),
     Seam("shuffle", "data", GRPO_MODULE, "shuffle_sequence_dict", "split"),
     Seam("rewards", "reward", "trainer", "_calculate_rewards"),
-    Seam("gather", "sync_wait", "trainer.accelerator", "gather"),
-    Seam("reduce", "sync_wait", "trainer.accelerator", "reduce"),
-    Seam("pad_across", "sync_wait", "trainer.accelerator", "pad_across_processes"),
-    Seam("barrier", "sync_wait", "trainer.accelerator", "wait_for_everyone"),
-    Seam("gather_global", "sync_wait", GRPO_MODULE, "gather"),
-    Seam("gather_object", "sync_wait", GRPO_MODULE, "gather_object"),
+    Seam("gather", "sync_wait", "trainer.accelerator", "gather", "exchange"),
+    Seam("reduce", "sync_wait", "trainer.accelerator", "reduce", "exchange"),
+    Seam("pad_across", "sync_wait", "trainer.accelerator", "pad_across_processes", "exchange"),
+    Seam("barrier", "sync_wait", "trainer.accelerator", "wait_for_everyone", "exchange"),
+    Seam("gather_global", "sync_wait", GRPO_MODULE, "gather", "exchange"),
+    Seam("gather_object", "sync_wait", GRPO_MODULE, "gather_object", "exchange"),
     Seam("backward", "backward", "trainer.accelerator", "backward"),
     Seam("clip", "optimizer", "trainer", "_clip_grad_norm", "clip", needed=_never),
     Seam("grad_norm", "optimizer", "trainer", "_get_grad_norm", "clip", needed=_never),
@@ -172,6 +172,9 @@ def _owner(trainer: Any, path: str) -> Any:
             return None
     return owner
 
+
+DEEPSPEED_STEP = Seam("deepspeed_step", "optimizer", "deepspeed.runtime.engine", "step", "step")
+"""DeepSpeed's engine updates the weights within accelerate's `backward`, and there is no engine before training."""
 
 PREPARE_INPUTS = Seam("prepare_inputs", "", "trainer", "_prepare_inputs")
 """Around TRL's shuffle and split: these are functions of a module, and tell no trainer from another."""

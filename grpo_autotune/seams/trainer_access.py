@@ -36,10 +36,10 @@ def base_of(model: Any) -> Any:
 
 
 def models_of(trainer: Any) -> Iterator[Any]:
-    """The policy, and the reference model where there is one."""
+    """The policy, and the reference model where there is one, out of DeepSpeed's engine."""
     yield trainer.model
     if getattr(trainer, "ref_model", None) is not None:
-        yield trainer.ref_model
+        yield getattr(trainer.ref_model, "module", trainer.ref_model)
 
 
 @contextmanager

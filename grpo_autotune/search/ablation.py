@@ -23,19 +23,25 @@ def measure_ablations(evaluator: Evaluator, winner: Entry, kept_s: float) -> Non
     `kept_s` with it where the outcome may lead."""
     rows = [contribution(evaluator, winner, key) for key in evaluator.board.changed(winner.knobs)]
     for row in sorted(rows, key=lambda row: -abs(math.log(row.factor or 1.0))):
-        if not row.measured and row.factor is not None:
+        knobs = evaluator.board.without(winner.knobs, row.key)
+        if row.factor is not None and not (row.measured and _is_alone(evaluator.board.entry(knobs))):
             room_s = evaluator.budget.left_s - (kept_s if row.factor < SMALL else 0.0)
-            taken_back(evaluator, evaluator.board.without(winner.knobs, row.key), room_s)
+            taken_back(evaluator, knobs, room_s)
 
 
 def taken_back(evaluator: Evaluator, knobs: Knobs, room_s: float) -> Entry | None:
-    """The entry of a combination, measured where it fits into memory and into `room_s` seconds; None without one."""
+    """The entry of a combination, measured alone where it fits into memory and into `room_s` seconds; None without
+    one."""
     entry, memory_bytes = evaluator.board.entry(knobs), evaluator.log.memory_bytes
-    tried = entry is not None or any(row.knobs == knobs for row in evaluator.log.rows)
+    tried = _is_alone(entry) or any(row.knobs == knobs and row.place is None for row in evaluator.log.rows)
     config = evaluator.board.config_of(knobs)
     if tried or not fits(evaluator.models, config, memory_bytes) or not evaluator.affords(knobs, room_s):
         return entry
     return evaluator.timed(knobs, "revert", room_s)
+
+
+def _is_alone(entry: Entry | None) -> bool:
+    return entry is not None and entry.place is None
 
 
 def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:

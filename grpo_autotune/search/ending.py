@@ -33,6 +33,7 @@ class Ending:
         for entry in self._board.ranking("open")[:FINALISTS]:
             changed = self._board.changed(entry.knobs)
             if [key for key, value in changed.items() if self._board.evidence(key, value) == "unproven"] == [GROUP]:
+                entry = self._alone(entry)
                 judge_group(self._evaluator, entry, self._budget.left_s - end_s(self._evaluator, entry))
 
     def settle(self, level: Level) -> None:
@@ -74,6 +75,7 @@ class Ending:
 
     def _without_idle(self, entry: Entry) -> Entry:
         """An entry without its changes that bring nothing: by prediction, and by a trial where there is time."""
+        entry = self._alone(entry)
         room_s = self._budget.left_s - end_s(self._evaluator, entry)
         fewer = taken_back(self._evaluator, simpler(self._evaluator, entry), room_s)
         if fewer is None or fewer.fails is not None:
@@ -83,6 +85,7 @@ class Ending:
 
     def _test(self, entry: Entry) -> None:
         """Run an entry's worst case and race, while there is time."""
+        entry = self._alone(entry)
         evaluator, left_s = self._evaluator, self._budget.left_s
         self._tested.add(name_of(entry.knobs))
         if entry.worst_case == "not run":
@@ -90,3 +93,6 @@ class Ending:
         if entry.fails is None:
             entry = race(evaluator, entry, self._budget.left_s)
             judge_group(evaluator, entry, self._budget.left_s)
+
+    def _alone(self, entry: Entry) -> Entry:
+        return self._evaluator.alone(entry, self._budget.left_s - end_s(self._evaluator, entry))

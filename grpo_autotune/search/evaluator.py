@@ -1,5 +1,8 @@
 """Evaluation of a combination: a trial within its limits, learnt by leaderboard, models and study."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,14 +12,14 @@ from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.knobs import Knobs, knobs_of
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.workload import quantiles
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import ProbeRecord, StageRow
 from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import overrides
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.leaderboard import Entry, Leaderboard
-from grpo_autotune.search.study import Claim, Study
-from grpo_autotune.search.trial_log import TrialLog
+from grpo_autotune.search.study import Claim, Study, name_of
+from grpo_autotune.search.trial_log import Trial, TrialLog
 from grpo_autotune.units import GIB
 
 LEAST_LIMIT_S = 60.0
@@ -30,6 +33,15 @@ NO_EVALUATION = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_
 """`GRPOConfig` keys of trials: the probe has measured evaluations, and checkpoints are never written."""
 LENGTHS = 200
 """Completion lengths handed to a trial: quantiles of the probe's."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A timed trial as it is given out."""
+
+    spec: TrialSpec
+    claim: Claim | None = None  # on the combination, in the study
+    cut_short: bool = False  # True where less time is left than the trial would be given
 
 
 class Evaluator:
@@ -49,9 +61,9 @@ class Evaluator:
         step_s = self.models.step_s(self.board.config_of(knobs)).value
         return self.costs.trial_s(step_s, self.steps(step_s))
 
-    def affords(self, knobs: Knobs, room_s: float) -> bool:
-        """True where a timed trial surely fits into `room_s` seconds."""
-        return SURE * self.expected_s(knobs) <= room_s
+    def affords(self, knobs: Knobs, room_s: float, place: str | None = None) -> bool:
+        """True where a timed trial surely fits into `room_s` seconds, alone or on a place."""
+        return SURE * self.slower(place) * self.expected_s(knobs) <= room_s
 
     def steps(self, step_s: float) -> int:
         """Steps to measure: those of `search.steps`, and more while they are cheap beside starting the trial."""
@@ -88,21 +100,56 @@ class Evaluator:
         return outcomes[0], outcomes[1]
 
     def timed(self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None) -> Entry | None:
-        """Measure a combination in at most `room_s` seconds; None where it did not end well."""
-        config = self.board.config_of(knobs)
-        limit_s = self.board.config.search.trial_limit_s or patience_s(self.expected_s(knobs), config)
-        steps = self.steps(self.models.step_s(config).value)
-        spec = self.spec("timed", knobs, min(limit_s, room_s), source=source, steps=steps)
+        """Measure a combination alone in at most `room_s` seconds; None where it did not end well."""
+        order = self.order(knobs, source, room_s, claim)
         try:
-            outcome = self.log.run(spec, self._progress(spec))
+            outcome = self.log.run(order.spec, self._progress(order.spec))
         except KeyboardInterrupt:
-            if claim is not None:
-                self.study.fail(claim, "stopped by Ctrl-C", spec.number)
+            self.give_up(order)
             raise
-        entry = self.learn(spec, outcome)
-        if claim is not None:
-            self._tell(claim, outcome, entry, cut_short=room_s < limit_s)
+        return self.take(order, outcome)
+
+    def alone(self, entry: Entry, room_s: float) -> Entry:
+        """An entry that was measured beside others once more alone, where `room_s` seconds hold that."""
+        if entry.place is None or not self.affords(entry.knobs, room_s):
+            return entry
+        return self.timed(entry.knobs, "alone", room_s) or entry
+
+    def order(
+        self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None, place: str | None = None
+    ) -> Order:
+        """The trial that measures a combination in at most `room_s` seconds, on a place beside others or alone."""
+        config = self.board.config_of(knobs)
+        expected_s = self.slower(place) * self.expected_s(knobs)
+        limit_s = self.board.config.search.trial_limit_s or patience_s(expected_s, config)
+        steps = self.steps(self.models.step_s(config).value)
+        spec = self.spec("timed", knobs, min(limit_s, room_s), source=source, steps=steps, place=place)
+        return Order(spec, claim, cut_short=room_s < limit_s)
+
+    def start(self, order: Order) -> Trial:
+        return self.log.start(order.spec, self._progress(order.spec))
+
+    def take(self, order: Order, outcome: TrialOutcome) -> Entry | None:
+        """Learn from a timed trial, and tell the study."""
+        entry = self.learn(order.spec, outcome)
+        if order.claim is not None:
+            self._tell(order.claim, outcome, entry, cut_short=order.cut_short)
         return entry
+
+    def give_up(self, order: Order) -> None:
+        """Give a combination back whose trial was interrupted."""
+        if order.claim is not None:
+            self.study.fail(order.claim, "stopped by Ctrl-C", order.spec.number)
+
+    def slower(self, place: str | None) -> float:
+        """Seconds of the user's configuration on a place beside other workers, over those alone: by its last
+        measurement there; before any, by the place's share of the machine."""
+        pace = self.board.paces.get(place or "")
+        return 1.0 / self.share(place) if pace is None else pace.at(math.inf)
+
+    def share(self, place: str | None) -> float:
+        """Part that a place has of the cores and the memory of a trial that runs alone."""
+        return next((one.share for one in self.log.task.places if one.name == place), 1.0)
 
     def adopt_probe(self, claim: Claim | None) -> None:
         entry = self.board.add(self.board.baseline_knobs, self._probe, None)
@@ -115,10 +162,18 @@ class Evaluator:
         knobs = self.knobs_of(spec)
         config = self.board.config_of(knobs)
         predicted_s, entry = self.models.step_s(config).value, None
-        if outcome.status == "ok" and outcome.step_s:
-            entry = self.board.add(knobs, outcome, predicted_s)
+        measured = outcome.status == "ok" and bool(outcome.step_s)
+        if measured and spec.place is not None:
+            if not self.board.has_baseline:  # of an earlier process, whose own configuration was measured by the probe
+                self.adopt_probe(None)
+            if name_of(knobs) == name_of(self.board.baseline_knobs):
+                self.board.see_place(spec.place, outcome)
+        slower = self.slower(spec.place)
+        outcome = _faster(outcome, slower)
+        if measured:
+            entry = self.board.add(knobs, outcome, predicted_s, spec.place)
         self.models = self.models.learn(config, outcome)
-        self.costs.learn(outcome)
+        self.costs.learn(outcome.model_copy(update={"elapsed_s": outcome.elapsed_s / slower}))
         self.log.record(spec, outcome, knobs, predicted_s, self.board.useful(config) if entry is not None else None)
         return entry
 
@@ -192,9 +247,31 @@ def without_evaluations(outcome: TrialOutcome) -> TrialOutcome:
         for values in (row.per_step_s, record.timings.step_s)
     )
     alone = row.model_copy(update={"per_step_s": rest, "parts": parts})
-    stages = [alone if one is row else one for one in record.timings.stages]
-    timings = record.timings.model_copy(update={"step_s": step_s, "stages": stages})
-    return outcome.model_copy(update={"step_s": step_s, "record": record.model_copy(update={"timings": timings})})
+    return _timed_otherwise(outcome, step_s, [alone if one is row else one for one in record.timings.stages])
+
+
+def _faster(outcome: TrialOutcome, factor: float) -> TrialOutcome:
+    """An outcome with the seconds of its steps, and of their stages, over a factor."""
+    if outcome.record is None or factor == 1.0:
+        return outcome
+
+    def each(values: Sequence[float]) -> list[float]:
+        return [value / factor for value in values]
+
+    stages = [
+        row.model_copy(
+            update={"per_step_s": each(row.per_step_s), "parts": {name: each(s) for name, s in row.parts.items()}}
+        )
+        for row in outcome.record.timings.stages
+    ]
+    return _timed_otherwise(outcome, each(outcome.step_s), stages)
+
+
+def _timed_otherwise(outcome: TrialOutcome, step_s: list[float], stages: list[StageRow]) -> TrialOutcome:
+    assert outcome.record is not None
+    timings = outcome.record.timings.model_copy(update={"step_s": step_s, "stages": stages})
+    record = outcome.record.model_copy(update={"timings": timings})
+    return outcome.model_copy(update={"step_s": step_s, "record": record})
 
 
 def patience_s(expected_s: float, config: RunConfig) -> float:

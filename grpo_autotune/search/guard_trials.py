@@ -111,7 +111,9 @@ def judge_group(evaluator: Evaluator, entry: Entry, room_s: float) -> None:
         board.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
         return
     ablated = board.entry(knobs)
-    if ablated is None and evaluator.affords(knobs, room_s):
+    if ablated is not None:
+        ablated = evaluator.alone(ablated, room_s)
+    elif evaluator.affords(knobs, room_s):
         ablated = evaluator.timed(knobs, "revert", room_s)
     if ablated is None:
         why = "what it brings alone was not measured"

@@ -66,6 +66,7 @@ class Entry:
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None  # reason why it may not win
+    place: str | None = None  # part of the machine that measured it, beside others; None where it ran alone
 
     @property
     def runs_s(self) -> list[float]:
@@ -83,6 +84,7 @@ class Leaderboard:
     evaluation_s: float = 0.0  # seconds per step that evaluations take as the user has them
     saving_s: float = 0.0  # seconds per step that checkpoints take
     pace: Pace = field(default_factory=Pace)
+    paces: dict[str, Pace] = field(default_factory=dict)  # of each worker's place, over the machine's first
     living: Living | None = field(init=False)  # None where no spread of rewards was seen
     entries: dict[str, Entry] = field(default_factory=dict)
     guards: dict[tuple[str, str], Guard] = field(default_factory=dict)  # (knob, value's name) -> judgement
@@ -168,16 +170,28 @@ class Leaderboard:
 
     # Measurements
 
-    def add(self, knobs: Knobs, outcome: TrialOutcome, predicted_s: float | None) -> Entry:
-        """Enter a trial's measurement. A combination measured again keeps all its steps; the user's keeps its first
-        ones, and shows the pace of the machine."""
+    def see_place(self, place: str, outcome: TrialOutcome) -> None:
+        """Note how long the user's configuration took on a worker's place, beside the other workers."""
+        self.paces.setdefault(place, Pace()).learn(outcome.number, self._over_first(outcome))
+
+    def _over_first(self, outcome: TrialOutcome) -> Interval:
+        """Seconds of the user's configuration over those of its first trial."""
+        cycle = outcome.record.timings.cycle if outcome.record else 1
+        both = (cycle_means(outcome.step_s, cycle), cycle_means(self.baseline.steps_s, self.baseline.cycle))
+        return median_interval([after / first for after, first in zip(*both, strict=False)], self.confidence)
+
+    def add(self, knobs: Knobs, outcome: TrialOutcome, predicted_s: float | None, place: str | None = None) -> Entry:
+        """Enter a trial's measurement. A combination measured again keeps all its steps, or those that it made alone;
+        the user's keeps its first ones, and shows the pace of the machine."""
         before, cycle = self.entry(knobs), outcome.record.timings.cycle if outcome.record else 1
         is_users = name_of(knobs) == name_of(self.baseline_knobs)
         if before is not None and is_users:
-            both = (cycle_means(outcome.step_s, cycle), cycle_means(before.steps_s, before.cycle))
-            alike = zip(*both, strict=False)
-            self.pace.learn(outcome.number, median_interval([after / first for after, first in alike], self.confidence))
+            if place is None:
+                self.pace.learn(outcome.number, self._over_first(outcome))
             return before
+        if before is not None and before.place is not None:
+            before = None
+            self._ratios.clear()
         steps_s = [*(before.steps_s if before else []), *outcome.step_s]
         stages_s = stage_seconds(outcome.record.timings) if outcome.record else {}
         asides_s = [*(before.asides_s if before else []), *self._asides_s(outcome, stages_s)]
@@ -193,6 +207,7 @@ class Leaderboard:
             stages_s=stages_s,
             aside_s=self.apart_s(stages_s),
             asides_s=asides_s,
+            place=place,
         )
         self.entries[name_of(knobs)] = entry
         if is_users:

@@ -20,7 +20,7 @@ class Pace:
         log = math.log(ratio.value)
         self.looks.append((number, log, 0.0 if ratio.low <= 1.0 <= ratio.high else log))
 
-    def at(self, number: int) -> float:
+    def at(self, number: float) -> float:
         """The pace during a trial; 1 as long as nothing was measured twice."""
         numbers, _, logs = zip(*self.looks, strict=True) if self.looks else ((0,), (0.0,), (0.0,))
         return math.exp(float(np.interp(number, numbers, logs)))

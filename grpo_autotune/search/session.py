@@ -8,6 +8,7 @@ after every trial. Every step can be taken up again from the files of the folder
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,19 +18,23 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.hardware import Machine, detect
+from grpo_autotune.hardware.places import Place
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.predict.models import Models
+from grpo_autotune.processes.ending import signal_of
 from grpo_autotune.records.search import Ended, SearchReport
+from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.acquisition import Pool, Ranking, rank
 from grpo_autotune.search.budget import SURE, Budget
+from grpo_autotune.search.crew import Crew
 from grpo_autotune.search.ending import Ending, end_s
-from grpo_autotune.search.evaluator import Evaluator
+from grpo_autotune.search.evaluator import Evaluator, Order
 from grpo_autotune.search.folder import SearchFolder, fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials, group_s, open_questions
-from grpo_autotune.search.start import Fit, Recalled, measure_baseline, open_search, recall
+from grpo_autotune.search.start import Fit, Recalled, measure_baseline, open_search, recall, refuse_server
 from grpo_autotune.search.study import Claim, Sampler, name_of
 from grpo_autotune.search.summary import FILES, report_of_search
-from grpo_autotune.search.trial_log import Task, TrialLog, TrialRunner, View, plain
+from grpo_autotune.search.trial_log import PinnedRunner, Task, TrialLog, TrialRunner, View, plain
 from grpo_autotune.search.tuned_files import write_tuned
 from grpo_autotune.units import hms
 
@@ -43,6 +48,7 @@ SAMPLER: Sampler = "tpe"
 OWN_EVERY = 5
 OWN_SHARE = 0.08
 """The user's configuration is measured again after so many trials, where that takes no larger part of the budget."""
+OWN_FAILURES = 2
 SHARED = 2
 """Other machines' best combinations that are measured here, too."""
 QUESTIONS_AT = 0.4
@@ -52,15 +58,19 @@ QUESTIONS_ROOM = 0.5
 
 
 class Session:
-    """One search after its probe; `shared` is True where several machines share the study."""
+    """One search after its probe; `shared` is True where several machines share the study, `wait` sleeps for so many
+    seconds between two looks at several workers."""
 
-    def __init__(self, evaluator: Evaluator, pool: Pool, sampler: Sampler, *, shared: bool) -> None:
+    def __init__(
+        self, evaluator: Evaluator, pool: Pool, sampler: Sampler, *, shared: bool, wait: Callable[[float], None]
+    ) -> None:
         self._evaluator, self._pool, self._sampler, self._shared = evaluator, pool, sampler, shared
         self._board, self._budget, self._log = evaluator.board, evaluator.budget, evaluator.log
         self._study, self._rewards = evaluator.study, RewardTrials(evaluator)
+        self._crew, self._since_own = Crew(evaluator, wait), Counter[str | None]()
         self._ended: Ended = "budget"
         self._why_ended = "the budget is spent"
-        self._proposals = self._since_own = 0
+        self._proposals = 0
         self._failures: list[str] = []
 
     def run(self, recalled: Recalled) -> SearchReport:
@@ -74,12 +84,14 @@ class Session:
                 measure_baseline(self._evaluator)
                 self._save_best()
                 self._loop()
+                self._log.rest()
                 self._measure_shared()
                 self._finish()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            self._crew.give_up()
             if not self._board.has_baseline:
                 raise
-            self._ended, self._why_ended = "interrupted", "stopped by Ctrl-C"
+            self._ended, self._why_ended = "interrupted", f"stopped by {signal_of(error)[1]}"
         finally:
             self._log.close()
             self._study.close()
@@ -99,52 +111,97 @@ class Session:
 
     def _loop(self) -> None:
         """Measure the most promising until nothing is, or the time for it is over."""
-        while self._ended != "failing":
-            self._look_at_pace()
-            ranking = self._rank()
+        while True:
+            while self._ended != "failing" and (idle := self._crew.idle):
+                order = self._next_order(idle[0])
+                if order is None:
+                    break
+                self._crew.give(order)
+            if not self._crew.is_busy:
+                return
+            self._take(*self._crew.next_ended())
+
+    def _next_order(self, place: str | None) -> Order | None:
+        """The next trial of an idle worker; None where it waits for the others, or the loop is over. What does not fit
+        into a worker's share of the memory runs alone, once nothing else is left."""
+        if (order := self._look_at_pace(place)) is not None:
+            return order
+        self._why_ended = "no other trial fits into what is left of the budget"
+        if place is not None and place not in self._board.paces:  # not even the user's own did
+            return None
+        while True:
+            ranking = self._rank(place)
             self._keep_for_the_end()
             spent_share = 1.0 - self._budget.search_left_s / (self._budget.total_s - self._budget.end_s)
-            if self._questions() and (not ranking.proposals or spent_share > QUESTIONS_AT):
-                self._judge_rewards()
-                continue
-            if not ranking.proposals:
-                self._ended, self._why_ended = "exhausted", "nothing that is left can beat the best"
-                return
-            claim, source = self._next(ranking)
-            if claim is None and self._questions():
-                self._judge_rewards()
-                continue
-            if claim is None:
-                self._why_ended = "no other trial fits into what is left of the budget"
-                return
-            entry = self._evaluator.timed(claim.knobs, source, self._budget.search_left_s, claim)
-            if entry is not None:
-                self._failures.clear()
-                self._pool.add_neighbours(entry.knobs)
-            else:
-                self._count_failure()
-            self._save_best()
+            late = not ranking.proposals or spent_share > QUESTIONS_AT
+            claim, source = (None, "") if late and self._questions() else self._next(ranking, place)
+            if claim is not None:
+                return self._evaluator.order(claim.knobs, source, self._budget.search_left_s, claim, place)
+            if self._crew.is_busy:
+                return None
+            if not self._questions():
+                break
+            self._judge_rewards()
+        if self._evaluator.share(place) < 1.0:
+            return self._next_order(None)
+        if not ranking.proposals:
+            self._ended, self._why_ended = "exhausted", "nothing that is left can beat the best"
+        return None
 
-    def _look_at_pace(self) -> None:
-        """Measure the user's configuration again now and then, to see how fast the machine is meanwhile."""
-        self._since_own += 1
+    def _take(self, order: Order, outcome: TrialOutcome) -> None:
+        """Learn from a trial that ended."""
+        entry, spec = self._evaluator.take(order, outcome), order.spec
+        if outcome.status == "killed":
+            where = f" on {spec.place}" if spec.place else ""
+            self._log.said.append(f"trial {spec.number}{where} is lost: {outcome.why}; another process takes the next")
+        if spec.source == "again":
+            self._leave_out_failing(spec.place)
+            return
+        if entry is not None:
+            self._failures.clear()
+            self._pool.add_neighbours(entry.knobs)
+        else:
+            self._count_failure()
+        self._save_best()
+
+    def _look_at_pace(self, place: str | None) -> Order | None:
+        """The trial of the user's configuration, now and then, that shows how fast the machine is meanwhile; on a
+        worker's place the first, which the others are compared with."""
         knobs, budget = self._board.baseline_knobs, self._budget
         room_s = min(OWN_SHARE * budget.total_s, budget.search_left_s / 2.0)
-        if self._since_own > OWN_EVERY and self._evaluator.affords(knobs, room_s):
-            self._since_own = 0
-            self._evaluator.timed(knobs, "again", room_s)
+        if first := place is not None and place not in self._board.paces:
+            room_s = budget.search_left_s
+        self._since_own[place] += 1
+        if not (first or self._since_own[place] > OWN_EVERY) or not self._evaluator.affords(knobs, room_s, place):
+            return None
+        self._since_own[place] = -1
+        return self._evaluator.order(knobs, "again", room_s, place=place)
+
+    def _leave_out_failing(self, place: str | None) -> None:
+        """Go on without a worker that twice could not measure the user's configuration."""
+        failed = [row for row in self._log.rows if row.place == place and row.source == "again" and row.status != "ok"]
+        if place is None or place in self._board.paces or len(failed) < OWN_FAILURES:
+            return
+        self._crew.leave_out(place)
+        why = f"{place} could not measure your configuration ({failed[-1].status}: {failed[-1].why})"
+        self._log.said.append(f"{why}: the search goes on without it")
+        if not self._crew.idle and not self._crew.is_busy:
+            self._ended, self._why_ended = "failing", why
 
     def _keep_for_the_end(self) -> None:
         """Keep time for the leader's worst case and race; with nothing to race, a first rival is worth more."""
         leader, evaluator, room_s = self._board.ranking("open")[0], self._evaluator, 0.0
         if leader is not self._board.baseline:  # and for one more trial, without changes that bring nothing
-            room_s = end_s(evaluator, leader) + group_s(evaluator, leader) + evaluator.expected_s(leader.knobs)
+            again = 1 if leader.place is None else 2  # and that was measured beside others, once more alone
+            room_s = end_s(evaluator, leader) + group_s(evaluator, leader) + again * evaluator.expected_s(leader.knobs)
         self._budget.keep(room_s)
 
-    def _rank(self) -> Ranking:
+    def _rank(self, place: str | None) -> Ranking:
         taken = self._study.taken() | self._known()
         left = [knobs for name, knobs in self._pool.points.items() if name not in taken]
-        ranking = rank(left, self._board, self._evaluator.models, self._log.memory_bytes)
+        whole = self._log.memory_bytes
+        bytes_ = None if whole is None else int(self._evaluator.share(place) * whole)
+        ranking = rank(left, self._board, self._evaluator.models, bytes_)
         self._log.skipped = ranking.rows()
         return ranking
 
@@ -153,14 +210,16 @@ class Session:
         return set(self._board.entries) | self._tried()
 
     def _tried(self) -> set[str]:
-        return {name_of(row.knobs) for row in self._log.rows if row.purpose == "timed"}
+        timed = [row for row in self._log.rows if row.purpose == "timed"]
+        lost = Counter(name_of(row.knobs) for row in timed if row.status == "killed")  # which says nothing of it
+        return {name_of(row.knobs) for row in timed if row.status != "killed"} | {n for n in lost if lost[n] > 1}
 
-    def _next(self, ranking: Ranking) -> tuple[Claim | None, str]:
-        """The next combination whose trial fits into the time, and its source; None where none does."""
+    def _next(self, ranking: Ranking, place: str | None) -> tuple[Claim | None, str]:
+        """The next combination whose trial on a place fits into the time, and its source; None where none does."""
         rewards_s = min(0.25 * self._budget.total_s, 2 * self._rewards.cost_s(32)) if self._questions() else 0.0
         room_s = self._budget.search_left_s - rewards_s
-        costs, steps = self._evaluator.costs, self._evaluator.steps
-        fitting = [p.knobs for p in ranking.proposals if SURE * costs.trial_s(p.step_s, steps(p.step_s)) <= room_s]
+        costs, steps, sure = self._evaluator.costs, self._evaluator.steps, SURE * self._evaluator.slower(place)
+        fitting = [p.knobs for p in ranking.proposals if sure * costs.trial_s(p.step_s, steps(p.step_s)) <= room_s]
         if not fitting:
             return None, ""
         self._proposals += 1
@@ -173,7 +232,7 @@ class Session:
             return claim, source
         if name in self._tried():  # put back by another machine that had lost it; known here
             self._study.fail(claim, "known")
-            return self._next(ranking)
+            return self._next(ranking, place)
         return claim, "queue"
 
     def _early(self, fitting: list[Knobs]) -> Knobs | None:
@@ -237,19 +296,24 @@ def search(
     sampler: Sampler = SAMPLER,
     clock: Callable[[], float] = time.monotonic,
     machine: Machine | None = None,
+    places: tuple[Place, ...] = (),
+    worker: Callable[[Path, Place], PinnedRunner] | None = None,
+    wait: Callable[[float], None] = time.sleep,
 ) -> SearchReport:
     """Search for a faster configuration that learns the same, for `budget_s` seconds in all (0 predicts from a probe
     alone), in the folder `run_dir`, or go on there with `resume`.
 
     A copy of `tuned.yaml` goes to `out`. `storage` is the URL of a study that several machines share, `runner` makes
-    the runner of trials in a folder, and a `script` with its arguments has its `GRPOConfig` searched instead.
+    the runner of trials in a folder, and a `script` with its arguments has its `GRPOConfig` searched instead. With
+    `places` there is a worker for each, whose trials run beside the others': `worker` makes its runner.
 
     ConfigError where the folder is in use or finished, the budget too small, the space empty, or the study another
     one's; EnvironmentProblem where the disk is full, or the database's driver is missing; NothingSucceeded where the
     user's own configuration cannot be measured."""
     begun = clock()
     folder, machine = SearchFolder(run_dir), machine or detect()
-    task = Task(config, machine, folder, fingerprint_of(config, script), script, out)
+    task = Task(config, machine, folder, fingerprint_of(config, script), script, out, places)
+    refuse_server(config, places)
     with folder.locked():
         plain_print = fingerprint_of(config.model_copy(update={"speedups": "none"}), script)
         state = folder.check(task.fingerprint, without_speedups=plain_print, resume=resume)
@@ -260,9 +324,10 @@ def search(
             fix = "Give a larger one; the time spent counts."
             raise ConfigError(f"this search has spent {hms(budget.elapsed_s)} already", where="--budget", fix=fix)
         recalled = folder.trials() if state else []
-        with full_disk_told(run_dir), closing(TrialLog(task, runner(run_dir), budget, view)) as log:
+        workers = {place.name: worker(run_dir, place) for place in places} if worker is not None else {}
+        with full_disk_told(run_dir), closing(TrialLog(task, runner(run_dir), budget, view, workers)) as log:
             evaluator, pool = open_search(log, recalled, fit, storage, sampler)
-            return Session(evaluator, pool, sampler, shared=bool(storage)).run(recalled)
+            return Session(evaluator, pool, sampler, shared=bool(storage), wait=wait).run(recalled)
 
 
 def fingerprint_of(config: RunConfig, script: list[str] | None) -> str:

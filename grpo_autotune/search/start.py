@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
+from grpo_autotune.hardware.places import Place
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import steps_between
@@ -56,8 +57,11 @@ def open_search(
         raise NothingSucceeded("the probe of your configuration measured no step", where="search")
     if task.script is not None:
         config = config_of_script(config, record)
+        refuse_server(config, task.places)
     axes = space(config, task.machine, record)
     log.limit_memory(memory_of(task.machine, record.trainer))
+    if task.places:  # its machine has the smallest GPUs, the probe ran on the first
+        log.limit_memory(min((gpu.memory_bytes for gpu in task.machine.gpus), default=None))
     log.limit_memory(outcome.most_bytes)
     values = {key: unique([axes.baseline[key], *axis]) for key, axis in axes.values.items()}  # it is measured first
     study = Study(
@@ -76,6 +80,13 @@ def open_search(
     board = Leaderboard(config, dict(axes.baseline), record, evaluation_s, saving_s)
     models = fit(config, record, task.machine, outcome)
     return Evaluator(log, board, models, study, outcome), Pool(axes, config, task.machine)
+
+
+def refuse_server(config: RunConfig, places: Sequence[Place]) -> None:
+    """ConfigError where several workers would send their weights to one server."""
+    if places and config.use_vllm and config.vllm.at_server:
+        fix = "Search with --workers 1, or set vllm.mode colocate: an engine in each trial."
+        raise ConfigError("several workers cannot share a vLLM server", where="--workers", fix=fix)
 
 
 def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> None:
@@ -98,7 +109,9 @@ def measure_baseline(evaluator: Evaluator) -> None:
     board, budget, log = evaluator.board, evaluator.budget, evaluator.log
     if board.has_baseline:
         return
-    needed_s = evaluator.expected_s(board.baseline_knobs)
+    needed_s, places = evaluator.expected_s(board.baseline_knobs), log.task.places
+    if places:  # on each of them this trial, and another one
+        needed_s *= (not evaluator.repeats_probe) + 2.0 * max(evaluator.slower(place.name) for place in places)
     resumed = evaluator.repeats_probe and any(row.purpose != "probe" for row in log.rows)
     if needed_s > budget.left_s and not resumed:
         _no_trial_fits(budget, needed_s)

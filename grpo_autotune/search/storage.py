@@ -2,9 +2,10 @@
 
 import json
 import re
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -16,6 +17,8 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 HEARTBEAT_S = 10
 GRACE_S = 60
 """A machine that is silent for so long has lost its trial."""
+RETRIES, RETRY_S = 4, 0.5
+"""Machines that start together make the tables together, and the database refuses all but one."""
 
 
 def journal_storage(path: Path) -> JournalStorage:
@@ -47,16 +50,15 @@ def mend_journal(path: Path) -> int:
 def shared_storage(url: str) -> RDBStorage:
     """A database for several machines. ConfigError where it is not a database URL, or nothing answers there;
     EnvironmentProblem where the database's driver is not installed."""
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
     try:
         with quiet():
-            return RDBStorage(
-                driver_url(url),
-                heartbeat_interval=HEARTBEAT_S,
-                grace_period=GRACE_S,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2),
-            )
+            for _ in range(RETRIES):
+                with suppress(IntegrityError, ProgrammingError):
+                    return _database(url)
+                time.sleep(RETRY_S)
+            return _database(url)
     except ImportError as error:
         what = f"the driver of this database is not installed: {error}"
         raise EnvironmentProblem(what, where="--storage", fix="Install the extra `rdb`.") from error
@@ -64,6 +66,15 @@ def shared_storage(url: str) -> RDBStorage:
         what = f"this database does not answer: {str(error).splitlines()[0]}"
         fix = "Give a URL such as postgresql://user:password@host/database."
         raise ConfigError(what, where="--storage", fix=fix) from error
+
+
+def _database(url: str) -> RDBStorage:
+    return RDBStorage(
+        driver_url(url),
+        heartbeat_interval=HEARTBEAT_S,
+        grace_period=GRACE_S,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=2),
+    )
 
 
 def driver_url(url: str) -> str:

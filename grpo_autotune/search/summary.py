@@ -14,6 +14,7 @@ from grpo_autotune.search.ablation import contributions, exact_share
 from grpo_autotune.search.acquisition import Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
+from grpo_autotune.units import plural
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
@@ -54,7 +55,7 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         trials=log.rows,
         skipped=log.skipped,
         model_error={stage: ModelError(**error) for stage, error in models.errors().items()},
-        notes=[*_notes(board), *sorted(log.notes), *([] if pool.whole else [PART])],
+        notes=[*_workers(evaluator), *_notes(board), *sorted(log.notes), *([] if pool.whole else [PART])],
         space={key: list(values) for key, values in pool.space.values.items()},
         points=len(pool.points),
         sampler=sampler,
@@ -172,6 +173,24 @@ def _notes(board: Leaderboard) -> Iterator[str]:
                 f"may not win. Your configuration took x {pace:.2f} of its first time there (far from 1: a busy "
                 "machine); a search on a quieter one may choose otherwise."
             )
+
+
+def _workers(evaluator: Evaluator) -> Iterator[str]:
+    """The trials of each worker, what its place and the others cost it, and what befell it."""
+    places = evaluator.log.task.places
+    for place in places:
+        numbers = [str(row.number) for row in evaluator.log.rows if row.place == place.name]
+        slower = f"took x {evaluator.slower(place.name):.2f} of its seconds alone"
+        if place.name not in evaluator.board.paces:
+            slower = "could not be measured"
+        yield (
+            f"Worker on {place.name}: {plural(len(numbers), 'trial')} ({', '.join(numbers)}); your configuration "
+            f"{slower} there, which is taken out of its trials' seconds."
+        )
+    if places:
+        device = places[0].name if places[0].gpus else "the whole machine"
+        yield f"Probe, rewards, worst case, race and ablation ran alone on {device}; leaders, too, as time was left."
+    yield from evaluator.log.said
 
 
 def _evaluations(board: Leaderboard) -> Iterator[str]:

@@ -4,20 +4,24 @@ All of it can be built again from the files of the folder, in the order in which
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import Machine
+from grpo_autotune.hardware.places import Place
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.records.probe import OtherLoad, cycle_means
 from grpo_autotune.records.search import SearchProgress, Skipped, TrialRow
 from grpo_autotune.records.trial import Progress, Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.search.budget import Budget, Costs
 from grpo_autotune.search.folder import SearchFolder, State
+
+Trial = Generator[None, None, TrialOutcome]
 
 HANG_S = 120.0
 """Longest silence of a single process; ranks wait for each other, and a collective has a limit of its own
@@ -29,6 +33,13 @@ class TrialRunner(Protocol):
 
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome: ...
     def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]: ...
+    def close(self) -> None: ...
+
+
+class PinnedRunner(Protocol):
+    """Runner of the trials of one of several workers: what it starts is resumed until it returns the outcome."""
+
+    def start(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> Trial: ...
     def close(self) -> None: ...
 
 
@@ -48,14 +59,23 @@ class Task:
     fingerprint: str  # of the configuration and the script
     script: list[str] | None = None  # a script and its arguments, in place of the configuration's own training
     out: Path | None = None  # path of a copy of `tuned.yaml`
+    places: tuple[Place, ...] = ()  # parts of the machine for workers that measure beside each other; none for one
 
 
 class TrialLog:
     """Numbers, runs and records trials."""
 
-    def __init__(self, task: Task, runner: TrialRunner, budget: Budget, view: View) -> None:
+    def __init__(
+        self,
+        task: Task,
+        runner: TrialRunner,
+        budget: Budget,
+        view: View,
+        workers: Mapping[str, PinnedRunner] | None = None,  # by the names of the task's places
+    ) -> None:
         self.task, self.budget = task, budget
-        self._runner, self._view = runner, view
+        self._runner, self._view, self._workers = runner, view, dict(workers or {})
+        self.said: list[str] = []  # what befell workers, a sentence each
         self.costs = Costs(warm=task.script is None)
         self.rows: list[TrialRow] = []
         self.skipped: list[Skipped] = []  # combinations that are not run, and why
@@ -78,26 +98,39 @@ class TrialLog:
 
     def progress(self, spec: TrialSpec) -> SearchProgress:
         """State of the search at the start of a trial."""
-        return SearchProgress(self.budget.left_s, self.budget.total_s, spec, len(self.rows), self.skipped)
+        done = len(self.rows)
+        return SearchProgress(self.budget.left_s, self.budget.total_s, spec, done, self.skipped, said=self.said)
 
     def run(
         self, spec: TrialSpec, state: SearchProgress, watch: Callable[[Progress], None] = lambda progress: None
     ) -> TrialOutcome:
         """Run one trial; the view is shown `state`, and it and `watch` each progress of the trial."""
-        self._view.show(state)
+        self._show(state)
 
         def report(progress: Progress) -> None:
             watch(progress)
-            self._view.show(state._replace(left_s=self.budget.left_s, progress=progress))
+            self._show(state, progress)
 
         outcome = self._runner.run(spec, report)
         self.save_state()
         return outcome
 
+    def start(self, spec: TrialSpec, state: SearchProgress) -> Trial:
+        """The same of a trial on a place, to be resumed beside others; of one on none it is run at once."""
+        if spec.place is None:
+            return self.run(spec, state)
+        self._show(state)
+        outcome = yield from self._workers[spec.place].start(spec, partial(self._show, state))
+        self.save_state()
+        return outcome
+
+    def _show(self, state: SearchProgress, progress: Progress | None = None) -> None:
+        self._view.show(state._replace(left_s=self.budget.left_s, done=len(self.rows), progress=progress))
+
     def race(
         self, specs: Sequence[TrialSpec], state: SearchProgress, *, rounds: int, deadline_s: float
     ) -> list[TrialOutcome]:
-        self._view.show(state)
+        self._show(state)
         outcomes = self._runner.race(specs, rounds=rounds, deadline_s=deadline_s)
         self.save_state()
         return outcomes
@@ -114,8 +147,9 @@ class TrialLog:
         completions per step are given."""
         self.notes |= set(outcome.notes)
         self.limit_memory(outcome.most_bytes)
-        if outcome.record is not None and outcome.record.others is not None and spec.source != "race":
-            self.others.append(outcome.record.others)
+        others = None if outcome.record is None else outcome.record.others
+        if others is not None and spec.source != "race" and spec.place is None:
+            self.others.append(others)
         cycle = outcome.record.timings.cycle if outcome.record and spec.source != "race" else 1
         step_s = statistics.median(cycle_means(outcome.step_s, cycle)) if outcome.step_s else None
         row = TrialRow(
@@ -131,6 +165,7 @@ class TrialLog:
             elapsed_s=outcome.elapsed_s,
             warm=outcome.warm,
             source=spec.source,
+            place=spec.place,
         )
         self.rows.append(row)
 
@@ -145,8 +180,14 @@ class TrialLog:
         state = State(fingerprint=self.task.fingerprint, **spent, finished=finished)
         write_whole(self.task.folder.state_file, state.model_dump_json(indent=2) + "\n")
 
+    def rest(self) -> None:
+        """End the workers' processes: from here on trials run alone."""
+        for runner in self._workers.values():
+            runner.close()
+
     def close(self) -> None:
         self._runner.close()
+        self.rest()
 
 
 def plain(config: RunConfig) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def receipt_of(board: Leaderboard, machine: Machine, report: SearchReport, candi
         hardware=_hardware(machine),
         versions=machine.versions,
         runtime=board.record.runtime,
+        processes=board.config.batch.processes,
         step_s_low=candidate.step_s_ci[0],
         step_s_high=candidate.step_s_ci[1],
         predicted_step_s=candidate.predicted_s,

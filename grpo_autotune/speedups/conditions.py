@@ -1,8 +1,6 @@
 """Conditions of a trainer that several speed-ups ask about: dropout, a model in parts, and code that is not TRL's.
 
-Where a model drops activations at random, or adds noise to them, a row's numbers depend on the rows beside it. Where
-its weights are sharded, each module's forward gathers them from all ranks: a rank that leaves a module out, since its
-own images are known or its own rows are dead, leaves the others waiting.
+Where a model drops activations at random, or adds noise to them, a row's numbers depend on the rows beside it.
 """
 
 import functools
@@ -53,12 +51,9 @@ def _key(name: str, module: nn.Module) -> str:
 
 
 def in_parts(trainer: Any) -> str | None:
-    """The key by which every rank or device must run the same modules, in words; None where each may run its own."""
-    if trainer.is_fsdp_enabled:
-        return "FSDP shards the model (grpo.fsdp): all ranks must run the same modules"
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO 3 shards the model (grpo.deepspeed): all ranks must run the same modules"
+    """The key by which a module is called on something other than itself and its weights, in words; None without."""
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        return "FSDP 1 replaces weights by pieces of one flat tensor (grpo.fsdp_config: fsdp_version: 2 does not)"
     return in_copies(trainer)
 
 

@@ -62,8 +62,8 @@ class SpeedUps:
         if not self._installed:
             self._groups.remove()
         self._layers = [wrap(AttributeSlot(self._trainer, "training_step"), self._step, OUTERMOST)]
-        whole = in_parts(self._trainer) is None and self._trainer.accelerator.state.deepspeed_plugin is None
-        if whole and (self._check == "always" or unheld() or foreign_code(self._trainer) is not None):
+        asked = self._check == "always" or unheld() or foreign_code(self._trainer) is not None
+        if asked and in_parts(self._trainer) is None:
             from grpo_autotune.speedups.step_check import StepCheck
 
             self._layers += StepCheck(self._trainer, self._installed.values()).handles

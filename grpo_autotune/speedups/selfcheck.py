@@ -28,10 +28,11 @@ FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribute
 
 
 class SelfCheck:
-    """The decision whether a speed-up may be used, taken at its first use."""
+    """The decision whether a speed-up may be used, taken at its first use; by all ranks together where `any_rank` tells
+    each what one of them found."""
 
-    def __init__(self, installed: Installed) -> None:
-        self._installed = installed
+    def __init__(self, installed: Installed, any_rank: Callable[[bool], bool] = bool) -> None:
+        self._installed, self._any_rank = installed, any_rank
         self.passed: bool | None = None  # None until it was tried
         self.difference = 0.0  # the relative one
 
@@ -65,14 +66,16 @@ class SelfCheck:
         self.difference = relative_difference(values, wanted)
         most = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
         limit = most if again is None else LEAST.get(dtype, most)
-        if again is not None and not self.difference <= limit:
+        if again is not None and self._any_rank(not self.difference <= limit):
             with torch.no_grad():
                 rounding = relative_difference(again().double(), wanted)
             limit = max(limit, TIMES * rounding) if rounding <= most else most  # else noise, or a mask that is not read
-        if not self.difference <= limit:  # also where it is not a number
-            self._installed.fall_back(f"its self-check found {what} off by {self.difference:.1e} (limit {limit:.0e})")
-            return False
-        return True
+        differs = not self.difference <= limit  # also where it is not a number
+        if not self._any_rank(differs):
+            return True
+        off = f"off by {self.difference:.1e} (limit {limit:.0e})" if differs else "off on another rank"
+        self._installed.fall_back(f"its self-check found {what} {off}")
+        return False
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

@@ -3,7 +3,8 @@ that speed-ups were not held against. Of speed-ups that differ together those ar
 
 On the first micro batch of each kind the loss goes backward without the speed-ups and with them, each from the same
 state, which is then put back: the micro step itself comes after that. Micro batches that `merge_passes` holds back are
-compared with the last of their window, all together.
+compared with the last of their window, all together. Gradients are those of each rank, taken where they come together,
+before DDP, DeepSpeed or FSDP 2 add up, cut or free anything; all ranks take part.
 """
 
 import copy
@@ -20,7 +21,9 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.seams.layers import OUTERMOST, Next
+from grpo_autotune.seams.fully_sharded import units
+from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
+from grpo_autotune.seams.ranks import syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -43,11 +46,12 @@ SAMPLE = 1 << 16
 
 
 class StepCheck(Installed):
-    """The comparison on one trainer, whose model must lie whole in each process."""
+    """The comparison on one trainer."""
 
     def __init__(self, trainer: Any, installed: Iterable[Installed]) -> None:
-        super().__init__("step_check", wrap_seams(trainer, OUTERMOST, loss=self._loss))
-        self.trainer = trainer
+        handles = wrap_seams(trainer, INNER, backward=self._backward)
+        super().__init__("step_check", [*handles, *wrap_seams(trainer, OUTERMOST, loss=self._loss)])
+        self.trainer, self._trying = trainer, False
         self._parts = [one for one in installed if one.name not in BEFORE]
         self._merging = next((one for one in self._parts if isinstance(one, Merging)), None)
         self._compared: set[Hashable] = set()
@@ -61,14 +65,25 @@ class StepCheck(Installed):
             new, lives = self.trainer.accelerator.gather(told.to(self.trainer.accelerator.device)).any(0).tolist()
             self._compared |= kinds
             if new:  # on any rank: losses are gathered
-                self._compare(window, lives, model, lambda batch: call_next(model, batch, *args, **kwargs))
+                deepspeed = self.trainer.accelerator.state.deepspeed_plugin is not None
+                tried = self.trainer.accelerator.unwrap_model(model) if deepspeed else model  # no pass for its engine
+                self._compare(window, lives, tried, lambda batch: call_next(tried, batch, *args, **kwargs))
         return call_next(model, inputs, *args, **kwargs)
+
+    def _backward(self, call_next: Next, /, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A backward pass, but not by DeepSpeed's engine where it is tried."""
+        if not self._trying or self.trainer.accelerator.state.deepspeed_plugin is None:
+            return call_next(loss, *args, **kwargs)
+        (loss * getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0)).backward()  # type: ignore[no-untyped-call]
+        return None
 
     def _compare(self, window: list[Batch], lives: bool, model: Any, loss_of: Callable[[Batch], Any]) -> None:
         """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
         trainer = self.trainer
         unused = trainer.optimizer, trainer.ref_model, trainer.train_dataset, trainer.eval_dataset, trainer.reward_funcs
+        leaves = _leaves(trainer)  # and of no weight is more gathered than its part
         state = State([*map(vars, (trainer, trainer.state, *self._parts)), window], unused)
+        state.weights = leaves or state.weights
         state.size = 0.0 if lives else math.inf
         text = base_of(trainer.model).config.get_text_config()
         judged = [_judged(batch) for batch in window]
@@ -105,31 +120,74 @@ class StepCheck(Installed):
     ) -> torch.Tensor:
         """Gradients of a window without some speed-ups, over their size when they were first tried, its loss, and what
         is drawn after it."""
-        accelerator, weights = self.trainer.accelerator, state.weights
-        before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]  # hooks may make steps
-        for weight in weights:
-            weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        accelerator, gradients = self.trainer.accelerator, Gradients(state.weights)
         fell_back = {one: one.fell_back for one in left_out}
         for one in left_out:
             one.fell_back = "being compared"
         if self._merging is not None:
             self._merging.held = list(map(dict, window[:-1]))
+        self._trying = True
         try:
             with torch.enable_grad(), accelerator.no_sync(model):
                 loss = loss_of(dict(window[-1]))
                 accelerator.backward(loss)
-            gradients = accelerator.gather(torch.cat([_sample(weight) for weight in weights]))
-            drawn = torch.rand(1, device=gradients.device), torch.rand(1).to(gradients.device)
+            sampled = accelerator.gather(gradients.sample())
+            drawn = torch.rand(1, device=sampled.device), torch.rand(1).to(sampled.device)
         finally:
+            self._trying = False
             fell_back = {one: one.fell_back for one in self._parts} | fell_back
             state.put_back()
             for one, reason in fell_back.items():
                 one.fell_back = reason
-            for weight, (gradient, hooks) in zip(weights, before, strict=True):
-                weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
+            gradients.put_back()
+            if self.trainer.is_fsdp_enabled:
+                model.set_requires_gradient_sync(accelerator.sync_gradients or syncs_each_pass(accelerator))
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
-        state.size = state.size or float(gradients.square().mean().sqrt()) or 1.0
-        return torch.cat([gradients / state.size, others * math.sqrt(len(gradients) / len(others))])
+        state.size = state.size or float(sampled.square().mean().sqrt()) or 1.0
+        return torch.cat([sampled / state.size, others * math.sqrt(len(sampled) / len(others))])
+
+
+class Gradients:
+    """Gradients of passes, taken off `weights` as they come; those that were there, and hooks, which may make steps or
+    wait for other ranks, are put back."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self._weights = weights
+        self._before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]
+        self._taken: dict[int, torch.Tensor] = {}
+        for weight in weights:
+            weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            weight.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+            size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 has emptied it
+            sampled = len(range(0, size, _distance(size)))
+            self._taken[id(weight)] = torch.zeros(sampled, device=weight.device)
+
+    def _take(self, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        flat = weight.grad.detach().flatten()
+        self._taken[id(weight)] += flat[:: _distance(len(flat))]
+        weight.grad = None
+
+    def sample(self) -> torch.Tensor:
+        """A sample of each weight's, zeros where it got none."""
+        return torch.cat(list(self._taken.values()))
+
+    def put_back(self) -> None:
+        for weight, (gradient, hooks) in zip(self._weights, self._before, strict=True):
+            weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
+
+
+def _leaves(trainer: Any) -> list[nn.Parameter]:
+    """The tensors that get gradients under FSDP 2, which are not the shards: all ranks gather them, unit by unit."""
+    from torch.distributed.tensor import DTensor
+
+    leaves: dict[int, nn.Parameter] = {}
+    for unit in units(trainer.model):
+        unit.unshard()
+        whole = (weight for weight in trainer.model.parameters() if not isinstance(weight, DTensor))
+        leaves |= {id(weight): weight for weight in whole if weight.requires_grad}
+        unit.reshard()
+    return list(leaves.values())
 
 
 class _Verdict(Installed):
@@ -170,7 +228,8 @@ class State:
             if isinstance(value, nn.Parameter) and value.requires_grad:
                 self.weights.append(value)
             if isinstance(value, torch.Tensor):
-                self._tensors.append((value, value.detach().to("cpu", copy=True)))
+                part = getattr(value, "ds_tensor", getattr(value, "_local_tensor", value))  # of this rank
+                self._tensors.append((part, part.detach().to("cpu", copy=True)))
             elif isinstance(value, nn.Module):
                 self._add([*value.buffers(), *(weight for weight in value.parameters() if weight.requires_grad)])
             elif isinstance(value, torch.optim.Optimizer):
@@ -188,9 +247,8 @@ def _of_no_package(cls: type) -> bool:
     return "-packages" not in (getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    flat = (torch.zeros_like(weight) if weight.grad is None else weight.grad).detach().flatten()
-    return flat[:: len(flat) // SAMPLE | 1].float()  # an odd distance comes to all columns
+def _distance(size: int) -> int:
+    return size // SAMPLE | 1  # odd: it comes to all columns
 
 
 def _kind(batch: Batch) -> Hashable:

@@ -4,27 +4,33 @@ import inspect
 import linecache
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import GenerationConfig, ProcessorMixin
 from trl import GRPOConfig
 from trl.trainer import grpo_trainer
 
+from grpo_autotune.config.messages import from_validation
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection
+from grpo_autotune.config.sections.fsdp import USE, VARIABLES, WHERE, asked
+from grpo_autotune.config.zero import deepspeed_keys
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.runs.choose import STRATEGIES, mode_of
+from grpo_autotune.seams.sharding import asked_for
 
-SHARDING = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
-"""Keys of `grpo` with which ranks share a model's weights, and what `accelerate launch` sets for the same."""
+LAUNCHED = {name: value for name, value in os.environ.items() if name == USE or name.startswith("FSDP_")}
+"""Variables of `accelerate launch`, as they were before a trainer of this process set its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ def grpo_arguments(
     """Build the arguments: the user's keys verbatim, then what follows from them and from this machine; `overrides` win
     over everything (a probe's `max_steps`, for instance). ConfigError where TRL or transformers refuses a value."""
     keys: dict[str, Any] = {**config.grpo, **config.vllm.grpo_kwargs(), **overrides}
-    notes = _without_accelerator(keys)
+    notes = [*_without_accelerator(keys), *_fully_sharded(keys, config)]
     keys["trust_remote_code"] = config.model.trust_remote_code
     if config.model.revision is not None:  # TRL loads a reference model by name: the same revision, then
         keys["model_init_kwargs"] = {"revision": config.model.revision}
@@ -53,8 +59,12 @@ def grpo_arguments(
     if config.branches is not None and "beta" not in keys:
         keys["beta"] = max(start_weights(config.branches, config.grpo).values())
         notes.append(f"grpo.beta {keys['beta']:g}, for a reference model: each branch has its own weight")
+    if keys.get("deepspeed"):
+        keys["deepspeed"] = deepspeed_keys(keys["deepspeed"])
+        _in_a_group()
     with as_config_errors("grpo"):
         grpo = GRPOConfig(**keys)
+        check_deepspeed(grpo.deepspeed_plugin)
         if not grpo.use_vllm:  # said now, and not once the model is loaded
             settings = {"do_sample": True, "cache_implementation": grpo.cache_implementation}
             GenerationConfig(**{**settings, **(grpo.generation_kwargs or {})})
@@ -114,11 +124,75 @@ def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:
     TRL alone would spread the model of one process over every GPU it sees, one of which works at a time, and load
     those of several through the host's memory. What is sharded is placed by what shards it.
     """
-    sharded = any(keys.get(key) or os.environ.get(name, "").lower() in ("1", "true") for key, name in SHARDING.items())
+    sharded = asked_for(keys) is not None
     on_host = not torch.cuda.is_available() or keys.get("use_cpu")
     if sharded or on_host:
         return {"device_map": None} if sharded or processes > 1 else {}
     return {"device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+
+
+def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:
+    """Write FSDP2, where it is asked for, in transformers' keys, and in accelerate's variables as its launcher does:
+    what lies on the CPU needs a process group of its own, which is made before transformers reads its keys."""
+    options, note = asked(keys, LAUNCHED)
+    for name in (USE, *VARIABLES.values()):
+        os.environ.pop(name, None)
+    os.environ.update(LAUNCHED)
+    if options is None:
+        return []
+    if config.batch.processes == 1:
+        fix = "Start several: torchrun --nproc-per-node N -m grpo_autotune train ..."
+        raise ConfigError("one process has nobody to share the weights with", where=WHERE, fix=fix)
+    if options.get("activation_checkpointing") and (config.lora or {}).get("lora_dropout"):
+        what = (
+            "accelerate computes a layer again without the random numbers of its dropout, so that gradients are wrong"
+        )
+        fix = "Set it to false (grpo.gradient_checkpointing does the same), or peft.lora_dropout to 0."
+        raise ConfigError(what, where=f"{WHERE}.activation_checkpointing", fix=fix)
+    notes = [] if note is None else [note]
+    os.environ[USE] = "true"
+    for name, value in options.items():
+        words = ",".join(value) if isinstance(value, list) else str(value)
+        os.environ[VARIABLES[name]] = words.lower() if isinstance(value, bool) else words
+    if options.get("activation_checkpointing"):
+        keys["gradient_checkpointing"] = False
+        notes.append(f"{WHERE}.activation_checkpointing takes the place of grpo.gradient_checkpointing")
+    if config.lora is None:  # else each rank would hold the gradients of all weights until the last micro batch
+        keys.setdefault("accelerator_config", {"gradient_accumulation_kwargs": {"sync_each_batch": True}})
+    keys.update(fsdp=True, fsdp_config={**options})
+    return notes
+
+
+def check_deepspeed(plugin: Any) -> None:
+    """ConfigError for a key of DeepSpeed's that is unknown or says other than `grpo` does: found out here, and not by
+    the engine once the model is loaded. `plugin` is accelerate's, None without DeepSpeed."""
+    if plugin is None:
+        return
+    from deepspeed import init_distributed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
+
+    if torch.distributed.is_initialized():  # on a CPU by accelerate, and DeepSpeed would take itself for one of one
+        init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    settings = plugin.hf_ds_config
+    for mismatch in getattr(settings, "mismatches", ()):
+        ours, theirs = re.findall(r"\b(?:ds|hf) ([^\s=]+)", mismatch)
+        fix = f"Write auto there, or remove one of the two: {mismatch.removeprefix('- ')}."
+        raise ConfigError(f"differs from grpo.{theirs}", where=f"grpo.deepspeed.{ours}", fix=fix)
+    try:
+        get_zero_config(settings.config)
+    except ValidationError as error:
+        told = from_validation(error, list(DeepSpeedZeroConfig.model_fields))
+        raise ConfigError(told.what, where=f"grpo.deepspeed.zero_optimization.{told.where}", fix=told.fix) from error
+
+
+def _in_a_group() -> None:
+    """Make this process a group of one where no launcher did: DeepSpeed would look for MPI."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
 
 
 def _on_one_gpu(grpo: GRPOConfig, place: dict[str, Any]) -> str:

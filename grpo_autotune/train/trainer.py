@@ -1,6 +1,7 @@
 """From a `RunConfig` to a `GRPOTrainer`, and from there to a trained model in a run folder."""
 
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,16 @@ from grpo_autotune.hardware.versions import check_log_probs
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
+from grpo_autotune.runs.checkpoints import batch_of
 from grpo_autotune.runs.folder import RunFolder, Start, enter, find_start
-from grpo_autotune.seams import mixed_image_rows
+from grpo_autotune.seams import fully_sharded, mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
 from grpo_autotune.train.advantages import put_ranks_on
 from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
+    check_deepspeed,
     grpo_arguments,
     suppress_image_token,
     unlocked_engine,
@@ -49,6 +52,7 @@ from grpo_autotune.train.runs.best import EvaluationTable
 from grpo_autotune.train.runs.callbacks import ProgressLine, TrainLog
 from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.runs.quiet import quieten
+from grpo_autotune.train.runs.reshard import fit_checkpoint
 from grpo_autotune.train.runs.resumable import NothingLeft, ResumableTrainer
 from grpo_autotune.train.runs.signals import StopRequest, exit_code
 from grpo_autotune.units import duration
@@ -158,7 +162,9 @@ def build_trainer(
         model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
         suppress_image_token(arguments.grpo, processor, model)
     set_seed(arguments.grpo.seed)  # of an adapter's weights: TRL before 1.15 draws them unseeded
-    with phase("trainer"), as_config_errors("grpo"), unlocked_engine(config):
+    with (
+        phase("trainer"), as_config_errors("grpo"), unlocked_engine(config), fully_sharded.reference_by_layers()
+    ):  # fmt: skip
         trainer = ResumableTrainer(
             model=model,
             reward_funcs=functions,
@@ -169,6 +175,9 @@ def build_trainer(
             peft_config=adapter,
             callbacks=list(callbacks),
         )
+    if trainer.is_fsdp_enabled:
+        fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
+    check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked
@@ -202,7 +211,7 @@ def run_training(
     grpo_overrides: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> TrainResult:
-    """Train in a run folder until the end, or until Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2 asks for a stop.
+    """Train in a run folder until the end, or until Ctrl-C or one of `stop_signals` asks for a stop.
 
     Args, beside those of `build_trainer`:
         resume: Go on at the newest whole checkpoint there; from the beginning where there is none yet.
@@ -220,12 +229,16 @@ def run_training(
     start = find_start(folder, resume)
     overrides = {**(grpo_overrides or {}), "output_dir": str(folder.checkpoints)}
     trainer = build_trainer(config, phase=phase, grpo_overrides=overrides, callbacks=callbacks, say=say)
+    if start.checkpoint is not None:
+        trainer.earlier_processes = batch_of(start.checkpoint.path)[1]
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
     if trainer.is_world_process_zero():
         enter(folder, config, start, say)
     trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
+    if start.checkpoint is not None:
+        fit_checkpoint(trainer, start.checkpoint.path)
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     with as_warning("measures of our own are not logged"):  # an unknown TRL may lack what they are read from
@@ -237,12 +250,14 @@ def run_training(
     if prepare is not None:
         prepare(trainer)
     begun = time.monotonic()
-    with StopRequest() as trainer.stop_request, closing(trainer.monitors):
+    signals = [signal.Signals[name] for name in config.stop_signals]
+    with StopRequest(signals) as trainer.stop_request, closing(trainer.monitors):
         signum = _train(trainer, start, ProgressLine(lambda: trainer._metrics["train"], console))
         by_monitor = not signum and trainer.monitors.is_stopped and trainer.state.global_step < trainer.state.max_steps
         if not signum and not by_monitor:
             draft = folder.path / ".model"  # whole or not at all: a folder `model` says that training has finished
             trainer.save_model(str(draft))
+            trainer.accelerator.wait_for_everyone()  # ranks save their parts
             if trainer.is_world_process_zero():
                 shutil.rmtree(folder.model, ignore_errors=True)
                 draft.rename(folder.model)

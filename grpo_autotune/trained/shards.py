@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import merge_fsdp_weights
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
@@ -54,12 +55,13 @@ def in_one_piece(trained: Trained, folder: Path) -> Trained:
 
 def _of_deepspeed(source: Path, folder: Path) -> None:
     try:
-        from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
         fix = "pip install deepspeed (with DS_BUILD_OPS=0 where there is no compiler)."
         raise EnvironmentProblem("the parts of ZeRO-3 are read by DeepSpeed", where=str(source), fix=fix) from error
     with redirect_stdout(io.StringIO()):
-        convert_zero_checkpoint_to_fp32_state_dict(str(source), str(folder), safe_serialization=True)
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(source))
+    save_torch_state_dict(weights, folder)  # which writes tied weights once; DeepSpeed's own writer fails on them
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -21,7 +21,7 @@ def saved(run: Path, step: int, *, optimizer: bool = True) -> Path:
     folder.mkdir(parents=True)
     for name in ("adapter_model.safetensors", *(["optimizer.pt"] if optimizer else [])):
         (folder / name).write_bytes(b"0" * 700)
-    seal(folder, 1)
+    seal(folder, 1, 8)
     return folder
 
 

@@ -122,10 +122,10 @@ def test_killed_torn_resumed_and_stopped(config: Path, tmp_path: Path) -> None:
     number = len(list((folder / "trials").iterdir()))
     second = begin("search", config, "--budget", "10m", "--run-dir", folder, "--resume")
     wait_for(folder / "trials" / f"{number:04d}" / "heartbeat", second)
-    second.send_signal(signal.SIGINT)
+    second.send_signal(signal.SIGTERM)
     out, error = second.communicate(timeout=60)
-    assert second.returncode == 130, error
-    assert "stopped by Ctrl-C" in " ".join(out.split())
+    assert second.returncode == 143, error
+    assert "stopped by SIGTERM" in " ".join(out.split())
     assert gone(folder)
     report = json.loads((folder / "search.json").read_text())
     assert report["ended"] == "interrupted"

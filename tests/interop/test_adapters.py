@@ -19,8 +19,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters import formulas
 from grpo_autotune.interop.adapters.called import Called
-from grpo_autotune.interop.adapters.module import adapter
-from grpo_autotune.interop.adapters.named import NAMED, overlong_penalty
+from grpo_autotune.interop.adapters.named import NAMED, adapter, overlong_penalty
 from grpo_autotune.registry import resolve
 from grpo_autotune.train.rewards.build import build_rewards
 from grpo_autotune.train.trainer import run_training

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from grpo_autotune.config.batch import BatchPlan, batch_plan
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.frameworks import easyr1, verl_defaults
+from grpo_autotune.interop.frameworks import easyr1, verl
 from grpo_autotune.interop.source import Setting, Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import SixNumbers, Translation
 from tests.support.imported import source
 
 ACTOR, ROLLOUT, EASY = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "worker.actor."
@@ -113,7 +112,7 @@ def test_a_batch_is_the_same_in_trl(framework: str, batch: SixNumbers, fewer: bo
 ODD = ("$(x)", None, [], "abc", True, -5, 0, 1.5, {}, ["a", "b"], "", float("nan"), 10**12)
 
 
-@pytest.mark.parametrize(("framework", "defaults"), [("verl", verl_defaults.NEWEST), ("easyr1", easyr1.DEFAULTS)])
+@pytest.mark.parametrize(("framework", "defaults"), [("verl", verl.NEWEST), ("easyr1", easyr1.DEFAULTS)])
 @settings(max_examples=200, deadline=None)
 @given(choice=st.data())
 def test_no_value_of_a_setting_ends_in_a_traceback(

@@ -138,16 +138,6 @@ def test_the_json_that_a_run_leaves_with_a_template_and_a_reward_beside_it(tmp_p
     assert str(tmp_path / "own.py") in outcome.files["easyr1_score.py"]
 
 
-def test_a_script_without_its_yaml_takes_the_shipped_values(tmp_path: Path) -> None:
-    script = tmp_path / "run.sh"
-    script.write_text(
-        "python3 -m verl.trainer.main config=examples/config.yaml worker.actor.model.model_path=org/model\n"
-    )
-    outcome = import_file(script).finished()
-    assert outcome.config["grpo"]["beta"] == 0.01 and outcome.numbers["G"] == 5
-    assert any("EasyR1's examples/config.yaml" in warning for warning in outcome.warnings)
-
-
 @pytest.mark.parametrize("section", ["trainer", "worker.rollout", "worker.reward", "worker.actor"])
 def test_a_key_that_nobody_knows_is_said(section: str) -> None:
     assert row(imported({f"{section}.unheard_of": 3}), f"{section}.unheard_of").kind == "none"

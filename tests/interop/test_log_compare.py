@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.commands.compare import check_slower, compare_runs
-from grpo_autotune.commands.interop.log import import_log
+from grpo_autotune.commands.interop.config import import_log
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.comparison import Pair
 from grpo_autotune.records.imported import TRAINING_PASS

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_autotune.commands.interop.log import import_log
+from grpo_autotune.commands.interop.config import import_log
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.logs import lines, steps
-from grpo_autotune.interop.logs.recognise import is_log
+from grpo_autotune.interop.logs import steps
+from grpo_autotune.interop.logs.steps import is_log
 from grpo_autotune.records.imported import TRAINING_PASS, LogReport
 from grpo_autotune.report.logged import read_log
 from tests.support import logs
@@ -177,12 +177,6 @@ def test_easyr1_is_told_by_its_names_and_waits_for_rewards_in_adv(tmp_path: Path
     assert next(row for row in report.stages if row.name == "adv").holds == ["other", "reward"]
 
 
-def test_the_summary_of_wandb_is_a_step_where_it_is_all_there_is(tmp_path: Path) -> None:
-    words = [f"wandb: {key:>30} {value:g}" for key, value in VERL[0].items() if key != "training/global_step"]
-    report = read(tmp_path, "\n".join(["wandb: Run summary:", *words, "wandb: 🚀 View run at somewhere"]))
-    assert shares(report)["generation"] == pytest.approx(50.0)
-
-
 def test_speed_since_the_start_becomes_seconds_of_each_step(tmp_path: Path) -> None:
     def rows(start: int) -> str:
         elapsed, entries = 0.0, []
@@ -226,30 +220,6 @@ def test_dictionaries_of_a_console_are_read_one_after_the_other_and_wrapped(tmp_
         assert read(tmp_path, text).step_seconds == [11.0, 12.0, 13.0, 14.0]
 
 
-def test_timers_of_trl_are_nested_by_the_order_in_which_they_end(tmp_path: Path) -> None:
-    rows = [row for step in (1, 2, 3) for row in logs.trl_rows(step)]
-    exported = [{"_step": at, **row} for at, row in enumerate(rows)]
-    expected = {"generation": 8.0, "weight_sync": 1.0, "policy_logprob": 1.5, "reference_logprob": 2.0, "reward": 0.5,
-                "prompt": 1.0, "training forward": 2.0, "other": 0.5, "backward": 3.5}  # fmt: skip
-    for name, text in {"history.jsonl": logs.jsonl(exported), "history.csv": logs.table(exported)}.items():
-        report = read(tmp_path, text, name)
-        assert shares(report) == pytest.approx(expected)
-        assert report.absent == ["data", "tools", "optimizer", "log_save_eval"]
-    later = read(tmp_path, logs.jsonl(exported[5:]))  # the first step's timers may be missing
-    assert (later.steps, shares(later)) == ([2, 3], pytest.approx(expected))
-    alone = [{"_step": at, **row} for at, row in enumerate(row for n in (1, 2) for row in logs.trl_rows(n, old=False))]
-    assert "policy_logprob" not in shares(read(tmp_path, logs.jsonl(alone)))  # with a KL, one pass is the reference's
-
-
-def test_timers_of_which_rows_are_missing_are_not_added_up(tmp_path: Path) -> None:
-    rows = [{"_step": at, **row} for at, row in enumerate(row for n in (1, 2, 3) for row in logs.trl_rows(n))]
-    sampled = read(tmp_path, logs.jsonl(row for row in rows if row["_step"] % 7 or "train/loss" in row))
-    together = [{"_step": n, **{k: v for row in logs.trl_rows(n) for k, v in row.items()}} for n in (1, 2, 3)]
-    for report in (sampled, read(tmp_path, logs.jsonl(together))):
-        assert (report.stages, report.step_s) == ([], 20.0)
-        assert "export the whole history" in report.warnings[0]
-
-
 def test_the_rows_of_a_console_do_not_count_the_steps_of_its_runtime(tmp_path: Path) -> None:
     rows = [{"loss": 0.1, "epoch": 0.1 * n} for n in range(1, 6)]
     last = {"train_runtime": 1000.0, "train_steps_per_second": 0.05, "train_loss": 0.1}
@@ -262,12 +232,6 @@ def test_what_is_left_of_a_packed_file_is_read(tmp_path: Path) -> None:
     report = read(tmp_path, packed[:-3000], "run.gz")
     assert "cut off" in report.warnings[-1]
     assert is_log(tmp_path / "run.gz")
-
-
-def test_a_progress_bar_is_the_last_resort(tmp_path: Path) -> None:
-    bars = "\r".join(f"  1%|█| {n}/1000 [{n * 4:02d}:00<78:02:42, 240.0s/it]" for n in range(1, 8))
-    other = "\r".join(f"Processed prompts: 5%|█| {n}/64 [9:00:{n:02d}<00:01, 3.0it/s]" for n in range(1, 20))
-    assert read(tmp_path, f"{other}\n{bars}").step_seconds == [240.0] * 7
 
 
 def test_a_later_run_in_the_same_file_counts(tmp_path: Path) -> None:
@@ -344,7 +308,7 @@ def test_a_configuration_is_no_log(tmp_path: Path) -> None:
 
 
 def test_a_large_console_takes_little_memory(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(lines, "TELL_S", 0.0)
+    monkeypatch.setattr(steps, "TELL_S", 0.0)
     noise = ("x" * 300 + " - of: nobody\n") * 800
     text = noise + "y" * (1 << 23) + "\n" + noise.join(CONSOLE[n] + "\n" for n in range(5)) + noise
     (tmp_path / "run.log").write_text(text)
@@ -400,6 +364,6 @@ def test_the_command_prints_writes_json_and_draws_a_page(tmp_path: Path, capsys)
 
 
 def _printed(report: LogReport) -> str:
-    from grpo_autotune.render.logged import render_log
+    from grpo_autotune.render.imported import render_log
 
     return render_log(report, 400)

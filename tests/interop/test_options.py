@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_autotune.interop.reading.arguments import hydra_value, options, overrides
-from grpo_autotune.interop.reading.words import Word
-from grpo_autotune.interop.source import Setting
+from grpo_autotune.interop.source import Setting, Word
 
 
 def words(*texts: str) -> list[Word]:

@@ -74,7 +74,7 @@ def test_a_name_of_several_values_is_not_known(tmp_path: Path) -> None:
     values = [
         {name: s.value for name, s in call.arguments.items()} for call in python_source.read(file).called("GRPO.*")
     ]
-    assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "a": "a", "b": 2}, {"**d": "d"}]
+    assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "**d": "d"}, {"**d": "d"}]
 
 
 def test_a_notebook_by_cells(tmp_path: Path) -> None:

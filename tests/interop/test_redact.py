@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_autotune.interop.redact import hidden, hidden_text, redacted
-from grpo_autotune.interop.source import Setting, Source
+from grpo_autotune.interop.source import Setting, Source, hidden, hidden_text, redacted
 
 HEX = "0123456789abcdef0123456789abcdef01234567"
 

@@ -105,8 +105,13 @@ def test_accelerate_with_fsdp(tmp_path) -> None:
     config = {key: value for key, value in ACCELERATE.items() if key != "deepspeed_config"}
     config |= {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": False}}
     grpo = launched(tmp_path, config).config["grpo"]
-    assert grpo["fsdp"] and grpo["fsdp_config"] == {"fsdp_version": 2, "fsdp_offload_params": False}
-    assert "fsdp" not in launched(tmp_path, config, world_size=1).config["grpo"]
+    assert grpo["fsdp_config"] == {"version": 2, "reshard_after_forward": True, "cpu_offload": False}
+    assert "fsdp_config" not in launched(tmp_path, config, world_size=1).config["grpo"]
+    first = {"fsdp_version": 1, "fsdp_sharding_strategy": "SHARD_GRAD_OP", "fsdp_use_orig_params": True}
+    config["fsdp_config"] = {**first, "fsdp_activation_checkpointing": True}
+    grpo = launched(tmp_path, config).config["grpo"]
+    assert grpo["fsdp_config"] == {"version": 2, "reshard_after_forward": False, "activation_checkpointing": True}
+    assert grpo["gradient_checkpointing"] is False
 
 
 def test_accelerate_that_names_a_deepspeed_file(tmp_path) -> None:

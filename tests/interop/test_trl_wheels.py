@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, LAST_WITH, defaults
+from grpo_autotune.interop.frameworks.trl_keys import DEFAULTS, LAST_WITH, defaults
 
 FOLDER = Path(os.environ.get("GRPO_AUTOTUNE_TRL_WHEELS", "/nowhere"))
 FILES = ("trainer/base_config.py", "trainer/grpo_config.py")

@@ -118,8 +118,6 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{ACTOR}fsdp_config.dtype": "float16"}, "grpo.fp16", True),
         ({f"{MODEL}lora_rank": 64}, "model.dtype", "bfloat16"),
         ({f"{MODEL}lora_rank": 64}, "peft.target_modules", "all-linear"),
-        ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.target_modules": ["linear_qkv"]}, "peft.target_modules",
-         ["q_proj", "k_proj", "v_proj"]),
         ({f"{MODEL}lora_adapter_path": "before", f"{MODEL}lora_rank": 8}, "peft", None),
         ({f"{MODEL}lora_adapter_path": "before", f"{MODEL}lora_rank": 8}, "model.adapter_reference", "base"),
         ({"data.truncation": "left"}, "data.prompt_overflow", "left"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.yaml_lines import resolved, with_defaults, yaml_settings
+from grpo_autotune.interop.reading.files import resolved, with_defaults, yaml_settings
 from grpo_autotune.interop.source import Setting
 
 
@@ -60,8 +60,7 @@ def test_defaults_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("seed: 3\ndefaults:\n  - actor: small\n")
     file = tmp_path / "mine.yaml"
     file.write_text("defaults:\n  - ppo_trainer\n  - base\n  - actor@x.y: small\n  - _self_\nactor:\n  lr: 9\n")
-    settings, missing = with_defaults(yaml_settings(file.read_text(), file.name), file)
-    assert missing == "ppo_trainer"
+    settings = with_defaults(yaml_settings(file.read_text(), file.name), file)
     assert settings["actor.lr"] == Setting(9, 7)
     assert settings["actor.n"] == Setting(2, 2, "small.yaml")
     assert settings["x.y.n"].value == 2 and settings["seed"] == Setting(3, 1, "base.yaml")
@@ -70,7 +69,7 @@ def test_defaults_beside_the_file(tmp_path: Path) -> None:
 def test_defaults_that_name_each_other_end(tmp_path: Path) -> None:
     for name, other in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"defaults: [{other}]\n{name}: 1\n")
-    settings, _ = with_defaults(yaml_settings("defaults: [b]\na: 1\n", "a.yaml"), tmp_path / "a.yaml")
+    settings = with_defaults(yaml_settings("defaults: [b]\na: 1\n", "a.yaml"), tmp_path / "a.yaml")
     assert {"a", "b"} <= settings.keys()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.probe.breakdown import Limit, break_down
-from grpo_autotune.records.probe import STAGES, Phase, ProbeRecord
+from grpo_autotune.records.probe import STAGES, Phase, ProbeRecord, RankTimings
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.rewards import CallTimes
 from grpo_autotune.render.sentences import LEGEND
@@ -133,9 +133,18 @@ def test_what_a_script_did_before_is_said_in_words(phase: str, words: str) -> No
     assert f"13.0 s: {words} 12.0 s and building the trainer 1.00 s." in " ".join(text.split())
 
 
-def test_waiting_inside_the_gradient_all_reduce_is_explained_where_there_are_ranks() -> None:
-    assert "waiting inside DDP's all-reduce" in " ".join(render(REPORTS["two_ranks"]).split())
-    assert "DDP" not in render(REPORTS["demo"])
+def test_what_is_taken_out_of_the_stages_is_explained_where_there_are_ranks() -> None:
+    assert "reduce_gradients happen within the other stages" in " ".join(render(REPORTS["two_ranks"]).split())
+    assert "reduce_gradients" not in render(REPORTS["demo"])
+
+
+def test_of_many_ranks_those_that_work_longest_have_a_row() -> None:
+    record = two_rank_record()
+    ranks = [RankTimings(rank=n, step_s=4.0, stages={"backward": n / 25, "sync_wait": 4 - n / 25}) for n in range(100)]
+    text = render(report_of(record.model_copy(update={"ranks": ranks})))
+    rows = [line.split() for line in text.splitlines()]
+    shown = [row[0] for row in rows if row[1:2] == ["4.00"] and row[0].isdecimal()]
+    assert shown == [str(n) for n in range(84, 100)]
 
 
 def test_without_colour_there_are_no_escapes() -> None:

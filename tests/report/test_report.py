@@ -226,6 +226,9 @@ def test_ranks_mean_slowest_and_straggler() -> None:
     assert (generation.mean_s, generation.slowest_s, generation.slowest_rank) == (pytest.approx(1.6), 2.0, 1)
     (straggler,) = report.ranks.stragglers
     assert (straggler.rank, straggler.stage) == (1, "generation") and straggler.extra_s == pytest.approx(0.8)
+    assert straggler.others_wait_s == pytest.approx(0.8)
+    assert [row.compute_s for row in report.ranks.rows] == pytest.approx([3.72, 4.52])
+    assert [row.wait_s for row in report.ranks.rows] == [0.8, 0.0]
     even = [RankTimings(rank=r, step_s=1.0, stages={"backward": 1.0}) for r in range(2)]
     balanced = build_report(demo_record(ranks=even)).ranks
     assert balanced is not None and balanced.stragglers == []

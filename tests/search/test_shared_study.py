@@ -25,6 +25,10 @@ from grpo_autotune.search.storage import shared_storage
 ROOT = Path(__file__).parents[2]
 
 
+REPEATS = ("race", "revert", "again", "alone", "shared")
+"""Sources of trials that measure what was measured before, here or on another machine."""
+
+
 def binaries() -> Path | None:
     """The newest PostgreSQL's folder of programs; Debian keeps them off the path."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
@@ -88,6 +92,17 @@ def opened(url: str) -> Iterator[RDBStorage]:
         storage.engine.dispose()
 
 
+@contextmanager
+def opened_schema(url: str, name: str) -> Iterator[None]:
+    """A schema of the database, empty, for a study of its own."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {name}")
+        yield
+        connection.execute(f"DROP SCHEMA {name} CASCADE")
+
+
 def machine(url: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.support.study_worker", url, str(folder), "400", *words]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -102,7 +117,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def timed(folder: Path) -> list[str]:
     rows = json.loads((folder / "search.json").read_text())["trials"]
-    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in ("race", "revert", "again")]
+    found = [row for row in rows if row["purpose"] == "timed" and row["source"] not in REPEATS]
     return [json.dumps(row["knobs"], sort_keys=True) for row in found]
 
 
@@ -131,6 +146,37 @@ def test_two_machines_share_a_study_and_one_is_killed(database: str, tmp_path: P
     assert retried in timed(tmp_path / "b"), "the other machine ran it"
     own = json.loads((tmp_path / "b" / "search.json").read_text())["baseline"]["number"]
     assert own is not None, "each machine measures its own baseline"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_machines_of_two_workers_share_a_study(database: str, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    url = f"{database}?options=-csearch_path%3Dtwo"
+    with opened_schema(database, "two"):
+        machines = [machine(url, folder, "workers") for folder in folders]
+        for process in machines:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+    names = [name for folder in folders for name in timed(folder)]
+    assert len(set(names)) > len(names) / 2 + 1, "alike, they would measure the same if neither knew of the other's"
+    for folder in folders:
+        rows = json.loads((folder / "search.json").read_text())["trials"]
+        assert {row["place"] for row in rows} == {None, "core 0", "core 1"}
+
+
+@pytest.mark.slow
+def test_machines_that_start_together_open_an_empty_database(database: str) -> None:
+    with opened_schema(database, "empty"):
+        url = f"{database}?options=-csearch_path%3Dempty"
+        opens = f"from grpo_autotune.search.storage import shared_storage; shared_storage({url!r})"
+        opening = [
+            subprocess.Popen([sys.executable, "-c", opens], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        for process in opening:
+            _, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Conditions that several speed-ups share: noise, and a model whose ranks must run the same modules."""
+"""Conditions that several speed-ups share: noise, and a model whose modules are not called on themselves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ SKIPPING = ("shared_prefix", "shared_prefill", "vision_cache", "skip_dead")
 """Speed-ups by which a rank may leave out modules that another rank runs."""
 
 
-def parallel(fsdp=False, stage=None):
+def parallel(fsdp=None, stage=None):
     plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-    kind = "NO" if stage is None else "DEEPSPEED"
     return {
-        "is_fsdp_enabled": fsdp,
+        "is_fsdp_enabled": fsdp is not None,
         "accelerator": SimpleNamespace(
-            state=SimpleNamespace(deepspeed_plugin=plugin), distributed_type=SimpleNamespace(value=kind)
+            is_fsdp2=fsdp == 2, num_processes=2, state=SimpleNamespace(deepspeed_plugin=plugin)
         ),
     }
 
@@ -40,16 +39,15 @@ def refusals(tiny, tmp_path, picture_rows):
     return refusals
 
 
-@pytest.mark.parametrize(("state", "key"), [({"fsdp": True}, "FSDP"), ({"stage": 3}, "DeepSpeed")])
-def test_a_rank_leaves_no_module_out_that_gathers_its_weights(refusals, state, key):
-    reasons = refusals(**state)
-    assert all(key in reasons[name] for name in SKIPPING), reasons
+def test_weights_of_fsdp_1_are_no_layer_s_own(refusals):
+    reasons = refusals(fsdp=1)
+    assert all("version: 2" in reasons[name] for name in SKIPPING), reasons
     assert reasons["patch_embed"] is None, "it runs the same module, in another way"
 
 
-def test_whole_models_are_sped_up(refusals):
-    assert not any(refusals()[name] for name in SKIPPING)
-    assert not any(refusals(stage=2)[name] for name in SKIPPING if name != "shared_prefill")
+@pytest.mark.parametrize("state", [{}, {"stage": 1}, {"stage": 2}, {"stage": 3}, {"fsdp": 2}])
+def test_models_are_sped_up_whole_and_sharded(refusals, state):
+    assert not any(refusals(**state).values())
 
 
 def test_no_layer_is_put_on_modules_that_are_copied_to_other_gpus(refusals):

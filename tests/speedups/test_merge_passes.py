@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo_autotune.errors import TrainingError
+from grpo_autotune.speedups.batches import merge_passes
 from grpo_autotune.speedups.batches.passes import Part, Row, planned, tokens_of
 from tests.support.exactness import accumulated, gradients_apart, micro_batches, ready
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
@@ -214,13 +215,12 @@ def test_it_says_where_it_does_not_apply(tiny, tmp_path, text_rows, monkeypatch)
         (trainer, "aux_loss_enabled", True, "router_aux_loss_coef"),
         (trainer, "_entropy_bonus_enabled", True, "entropy_coef"),
         (trainer, "num_generations", 2, "whole groups"),
-        (trainer, "is_fsdp_enabled", True, "FSDP"),
+        (trainer, "is_fsdp_enabled", True, "FSDP 1"),
         (trainer, "__class__", OwnStep, "OwnStep has a `training_step`"),
         (trainer.args, "steps_per_generation", 1, "nothing to merge"),
         (trainer.args, "gradient_accumulation_steps", 3, "no multiples"),
         (trainer.args, "optim", "lomo", "grpo.optim"),
         (trainer.args, "torch_compile", True, "grpo.torch_compile"),
-        (type(trainer.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=2), "DeepSpeed"),
         (trainer.model, "norm_of_batch", torch.nn.BatchNorm1d(1), "batch normalisation"),
         (trainer.model, "attention_dropout", 0.1, "attention_dropout"),
     ):
@@ -254,3 +254,12 @@ def test_parts_of_another_kind_and_padded_rows_stay_apart():
     assert tokens_of([Row(0, 100, 11), Row(0, 10, 30)], shared=False) == 260
     assert planned(parts[1:], 1000, shared=False, by_launches=False) == [[0], [1]], "padding saves nothing"
     assert planned(parts[1:], 1000, shared=False, by_launches=True) == [[0, 1]]
+
+
+def test_a_pass_is_cut_where_one_of_another_rank_begins(monkeypatch):
+    installed = SimpleNamespace(trainer=None)
+    others = [1, 0, 1, 0, 0]
+    monkeypatch.setattr(merge_passes, "backward_in_step", lambda trainer: True)
+    monkeypatch.setattr(merge_passes, "most", lambda numbers, *_: list(map(max, numbers, others)))
+    cut = merge_passes.Merging._on_all_ranks(installed, [[0, 1, 2, 3], [4]], 5)
+    assert cut == [[0, 1], [2, 3], [4]]

@@ -58,3 +58,23 @@ def test_flex_attention_does_not_take_the_machine_for_the_kernel(
     with pytest.raises(type(error)):
         choice._faster(flex, nothing)  # type: ignore[arg-type]
     assert flex.failed is None
+
+
+@pytest.mark.parametrize(("value", "off"), [(1.0, "off on another rank"), (1.5, "off by 5.0e-01")])
+def test_what_another_rank_found_holds_for_all(value: float, off: str) -> None:
+    asked: list[bool] = []
+    yardsticks: list[int] = []
+
+    def any_rank(flag: bool) -> bool:
+        asked.append(flag)
+        return True
+
+    def again() -> torch.Tensor:
+        yardsticks.append(1)
+        return torch.ones(2)
+
+    installed = Installed("a speed-up")
+    check = SelfCheck(installed, any_rank)
+    assert not check.run(lambda: torch.ones(2), lambda: value * torch.ones(2), torch.float32, "values", again)
+    assert off in (installed.fell_back or "")
+    assert asked == [value != 1.0] * 2 and yardsticks == [1], "all ranks compute the yardstick, or none"

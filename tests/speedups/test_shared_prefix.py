@@ -643,3 +643,34 @@ def test_a_layout_holds_each_prompt_once(tiny, tmp_path, text_rows):
     assert layout.tokens == 5 and layout.first_rows == [0, 2]
     alone = replace(batch, groups=[0, 1, 2])
     assert alone.tokens([0, 1, 2]) == 6
+
+
+def test_a_rank_runs_as_many_forwards_as_the_one_that_needs_most(tiny, tmp_path, ragged_picture_rows, monkeypatch):
+    """And compares kinds of rows with the others that it has none of; nothing that it computes changes."""
+
+    def build():
+        return ready(tiny("qwen3_vl"), ragged_picture_rows, tmp_path, beta=0.05, num_iterations=2, **GROUPS)
+
+    forwards = []
+
+    def counted(more):
+        def most(numbers, trainer, in_step):
+            *kinds, passes = numbers
+            return [*(True for _ in kinds), passes + more] if more else numbers
+
+        monkeypatch.setattr(speedup, "most", most)
+        forwards.clear()
+
+        def watched():
+            trainer = build()
+            trainer.model.register_forward_hook(lambda *_: forwards.append(1))
+            return trainer
+
+        return differences(watched, "shared_prefix"), len(forwards)
+
+    alone, few = counted(0)
+    found, many = counted(2)
+    assert_exact(found)
+    assert found["gradients"] == alone["gradients"]
+    passes, kinds_without_rows = 3, 8 - 2
+    assert many - few == 2 * passes + 2 * kinds_without_rows

@@ -204,3 +204,23 @@ def test_removal_leaves_nothing(tiny, tmp_path, picture_rows):
     assert patched(trainer) != before
     speedups.remove()
     assert patched(trainer) == before
+
+
+def test_a_tower_runs_where_another_rank_has_to(tiny, tmp_path, picture_rows, monkeypatch):
+    trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
+    others = [False]
+    monkeypatch.setattr(vision_cache, "any_of", lambda trainer: lambda flag: flag or others[0])
+    runs = []
+    tower = tower_of(trainer)
+    handle = wrap(AttributeSlot(tower.blocks[0], "forward"), lambda call, *a, **k: (runs.append(1), call(*a, **k))[1])
+    speedups = speed_up(trainer, ["vision_cache"])
+    size = tower.config.in_channels * tower.config.temporal_patch_size * tower.config.patch_size**2
+    patches, call = torch.randn(16, size), {"grid_thw": torch.tensor([[1, 4, 4]]), "return_dict": True}
+    with torch.no_grad():
+        first = tower(patches, **call).pooler_output
+        before = len(runs)
+        assert torch.equal(tower(patches, **call).pooler_output, first) and len(runs) == before
+        others[0] = True
+        assert torch.equal(tower(patches, **call).pooler_output, first) and len(runs) == before + 1
+    assert not [row for row in speedups.table() if row.name == "vision_cache" and not row.on]
+    handle.remove()

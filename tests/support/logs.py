@@ -66,24 +66,3 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def trl_rows(step: int, *, micro: int = 2, old: bool = True) -> list[dict[str, float]]:
-    """Rows that TRL's trainer sends to a tracker in one optimizer step of 20 s, each timer where its block ends:
-    generation 8, weights 1, old policy 1.5, reference 2, reward 0.5, prompts and the rest 1; for each micro step a
-    forward of 1 and 0.25 around it; the backward has what is left, 3.5."""
-    name = "profiling/Time taken: GRPOTrainer."
-    first = {"sync_weights": 1.0, "vLLM.generate": 8.0}
-    passes = ([1.5] if old else []) + [2.0]
-    inside = sum(first.values()) + sum(passes) + 0.5
-    rows: list[dict[str, float]] = [{name + key: spent} for key, spent in first.items()]
-    rows += [{f"{name}_get_per_token_logps_and_entropies": spent} for spent in passes]
-    rows += [
-        {f"{name}accuracy_reward": 0.4},
-        {f"{name}_calculate_rewards": 0.5},
-        {f"{name}_prepare_inputs": inside + 1},
-    ]
-    for at in range(micro):
-        rows += [{f"{name}_prepare_inputs": 0.0}] * (at > 0)
-        rows += [{f"{name}_get_per_token_logps_and_entropies": 1.0}, {f"{name}compute_loss": 1.25}]
-    return [*rows, {"train/loss": 0.1, "train/kl": 0.01, "train/step_time": 20.0, "train/global_step": float(step)}]

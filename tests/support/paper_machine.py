@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,21 +124,34 @@ class PaperTrials:
         self.random = np.random.default_rng(0)
         self.specs: list[TrialSpec] = []
         self.closed = False
+        self.beside = self.most_beside = self.beside_one_alone = 0  # trials of workers that are under way
 
     def clock(self) -> float:
         return self.now
 
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome:
+        self.beside_one_alone += self.beside
+        folder = self._begun(spec, watch)
+        outcome = self.act(spec) or self._measured(spec)
+        self.now += outcome.elapsed_s
+        (folder / "outcome.json").write_text(outcome.model_dump_json())
+        return outcome
+
+    def _begun(self, spec: TrialSpec, watch: Callable[[Progress], None] | None) -> Path:
         self.specs.append(spec)
         folder = self.run_dir / "trials" / f"{spec.number:04d}"
         folder.mkdir(parents=True)
         (folder / "spec.json").write_text(spec.model_dump_json())
         if watch is not None:
             watch(Progress("generation", 1, spec.steps))
-        outcome = self.act(spec) or self._measured(spec)
-        self.now += outcome.elapsed_s
-        (folder / "outcome.json").write_text(outcome.model_dump_json())
-        return outcome
+        return folder
+
+    def wait(self, seconds: float) -> None:
+        self.now += 0.25
+
+    def worker(self, slower: float) -> PaperWorker:
+        """A worker on a part of the machine that takes so many times as long."""
+        return PaperWorker(self, slower)
 
     def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]:
         return [self.run(spec.model_copy(update={"steps": rounds, "limit_s": deadline_s})) for spec in specs]
@@ -146,7 +159,7 @@ class PaperTrials:
     def close(self) -> None:
         self.closed = True
 
-    def _measured(self, spec: TrialSpec) -> TrialOutcome:
+    def _measured(self, spec: TrialSpec, slower: float = 1.0) -> TrialOutcome:
         config = RunConfig.from_dict(spec.config)
         if peak(config) > min(15 * GIB, self.most_bytes or 15 * GIB):
             return TrialOutcome(
@@ -157,16 +170,16 @@ class PaperTrials:
                 overshoot_bytes=GIB,
                 elapsed_s=self.startup_s,
             )
-        step_s = seconds(config) * (1.0 + self.drift * self.now)
+        step_s = seconds(config) * (1.0 + self.drift * self.now) * slower
         count = spec.steps + spec.warmup
-        took = self.startup_s + count * step_s * (0.5 if spec.purpose == "rewards" else 1.0)
+        took = self.startup_s * slower + count * step_s * (0.5 if spec.purpose == "rewards" else 1.0)
         if took > spec.limit_s:
             return TrialOutcome(number=spec.number, status="timeout", why="over its limit", elapsed_s=spec.limit_s)
         steps = [step_s * float(np.exp(self.random.normal(0, self.noise))) for _ in range(spec.steps)]
         return TrialOutcome(
             number=spec.number,
             status="ok",
-            record=record_of(config),
+            record=record_of(config, slower),
             step_s=[] if spec.purpose == "rewards" else steps,
             peak_bytes=peak(config),
             idle_bytes=GIB // 2,
@@ -186,12 +199,38 @@ class PaperTrials:
         ]
 
 
-def record_of(config: RunConfig) -> Any:
+class PaperWorker:
+    """Trials beside those of other workers: they end once the clock has moved on."""
+
+    def __init__(self, trials: PaperTrials, slower: float) -> None:
+        self.trials, self.slower, self.closed = trials, slower, False
+
+    def start(
+        self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None
+    ) -> Generator[None, None, TrialOutcome]:
+        folder = self.trials._begun(spec, watch)
+        outcome = self.trials.act(spec) or self.trials._measured(spec, self.slower)
+        until_s = self.trials.now + outcome.elapsed_s
+        self.trials.beside += 1
+        self.trials.most_beside = max(self.trials.most_beside, self.trials.beside)
+        try:
+            while self.trials.now < until_s:
+                yield
+        finally:
+            self.trials.beside -= 1
+        (folder / "outcome.json").write_text(outcome.model_dump_json())
+        return outcome
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def record_of(config: RunConfig, slower: float = 1.0) -> Any:
     """The probe's record of a configuration."""
-    plan = config.batch
+    plan, half_s = config.batch, 0.5 * slower * seconds(config)
     rates = [count / 8 for count in (1, 2, 3, 4, 5, 2, 6, 3)] * 4
     return demo_record(
-        timings=timings({"generation": 0.5 * seconds(config), "backward": 0.5 * seconds(config)}),
+        timings=timings({"generation": half_s, "backward": half_s}),
         tokens=token_facts(groups=len(rates), dead_groups=0, pass_rates=rates),
         trainer=trainer_facts(
             num_generations=plan.num_generations,

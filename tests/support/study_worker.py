@@ -1,6 +1,6 @@
 """A machine of a shared study, with trials on paper: `python -m tests.support.study_worker URL FOLDER BUDGET [hang]`.
 
-With `hang` it stops in its third trial for ever, its heartbeat with it, to be killed there.
+With `hang` it stops in its third trial for ever, its heartbeat with it, to be killed there. With `workers` it has two.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from grpo_autotune.hardware.places import Place
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search import storage
 from grpo_autotune.search.session import search
@@ -25,13 +26,14 @@ def main(url: str, folder: str, budget_s: str, hang: str = "") -> int:
     def act(spec: TrialSpec) -> TrialOutcome | None:
         nonlocal timed
         timed += spec.purpose == "timed"
-        if hang and timed == 3:
+        if hang == "hang" and timed == 3:
             (Path(folder) / "hanging").write_text(str(spec.number))
             time.sleep(600)
         time.sleep(REAL_S)
         return None
 
     trials = PaperTrials(Path(folder), act=act)
+    places = tuple(Place(f"core {n}", cores=(n,)) for n in range(2)) if hang == "workers" else ()
     search(
         user_config(),
         budget_s=float(budget_s),
@@ -43,6 +45,9 @@ def main(url: str, folder: str, budget_s: str, hang: str = "") -> int:
         fit=lambda *probe: PaperModels(),
         clock=trials.clock,
         machine=MACHINE,
+        places=places,
+        worker=lambda _, place: trials.worker(1.5),
+        wait=trials.wait,
     )
     return 0
 

@@ -30,12 +30,16 @@ _calls = 0
 
 
 def uneven(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """A reward with spread in every group; at call `KILL_AT_CALL` of rank `KILL_RANK` it sends itself `KILL_SIGNAL`."""
+    """A reward with spread in every group; at call `KILL_AT_CALL` of rank `KILL_RANK` it sends itself `KILL_SIGNAL`.
+    Each call's prompts are added to the file of its rank that `PROMPTS_TO` names."""
     global _calls
     _calls += 1
     at, rank = os.environ.get("KILL_AT_CALL"), os.environ.get("KILL_RANK", "0")
     if at == str(_calls) and os.environ.get("RANK", "0") == rank:
         os.kill(os.getpid(), int(os.environ["KILL_SIGNAL"]))
+    if "PROMPTS_TO" in os.environ:
+        with Path(f"{os.environ['PROMPTS_TO']}{os.environ.get('RANK', '0')}").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(columns["prompts"]) + "\n")
     return [len(set(ids)) / 8 + (sum(ids) % 7) / 10 for ids in completion_ids]
 
 

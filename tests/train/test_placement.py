@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.seams.sharding import SHARDING
 from grpo_autotune.train import arguments
 from grpo_autotune.train.arguments import grpo_arguments, placement
 from grpo_autotune.train.models import load
@@ -40,7 +41,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_loads_to_its_own_gpu(
     keys: dict[str, Any], processes: int, rank: str | None, place: dict[str, Any], gpus: None, monkeypatch: Any
 ) -> None:
-    for name in ("LOCAL_RANK", *arguments.SHARDING.values()):
+    for name in ("LOCAL_RANK", *SHARDING.values()):
         monkeypatch.delenv(name, raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -56,6 +57,7 @@ def test_gpus_without_a_process_are_told_and_left_alone(
         """TRL's arguments as they are where one process sees eight GPUs."""
 
         model_init_kwargs: Any = None
+        deepspeed_plugin: Any = None
         use_vllm = True
         _n_gpu = 8
 

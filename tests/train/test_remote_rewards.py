@@ -67,9 +67,12 @@ def test_batches_end_whatever_the_server_does(faults: tuple[str, ...]) -> None:
     assert len(failed) < 0.5 * len(scores)
     calls = reward.calls()
     unseen = calls.calls - len(server.calls)  # given up on a busy machine before the server had read them
+    unread = (
+        sum(call.fault.startswith("429") for call in server.calls) - calls.rate_limited
+    )  # or before its answer came
     assert 0 <= unseen <= calls.failures.get("timeout", 0)
     assert 0 < calls.retries <= 0.2 * len(scores) + QUICK.extra_least
-    assert calls.rate_limited == sum(call.fault.startswith("429") for call in server.calls)
+    assert 0 <= unread <= (calls.calls if {"hang", "drip"} & set(faults) else 0)
     assert sum(calls.failures.values()) == len(failed)
     assert not late
     assert {thread for thread in threading.enumerate() if "process_request" not in thread.name} <= threads

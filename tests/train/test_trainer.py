@@ -252,7 +252,7 @@ def test_progress_on_a_terminal(tiny: Tiny, tmp_path: Path) -> None:
 def test_second_control_c_ends_at_once() -> None:
     now, said, died = [0.0], [], []
     before = signal.getsignal(signal.SIGINT)
-    with StopRequest(said.append, lambda: now[0], died.append) as request:
+    with StopRequest(say=said.append, clock=lambda: now[0], die=died.append) as request:
         signal.raise_signal(signal.SIGINT)
         assert request.signum == signal.SIGINT and len(said) == 1
         now[0] = 0.1  # the launcher's copy of the same Ctrl-C
@@ -263,6 +263,21 @@ def test_second_control_c_ends_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
         assert died == [signal.SIGINT] and "not saved" in said[1]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_schedulers_signals() -> None:
+    """SIGUSR1 ahead of a time limit, passed on by the launcher; SIGTERM at the limit; the first again much later."""
+    now, said, died, before = [0.0], [], [], signal.getsignal(signal.SIGUSR2)
+    with StopRequest([signal.SIGUSR1, signal.SIGTERM], said.append, lambda: now[0], died.append) as request:
+        assert signal.getsignal(signal.SIGUSR2) is before  # not asked for: as it was
+        signal.raise_signal(signal.SIGUSR1)
+        now[0] = 3.0
+        signal.raise_signal(signal.SIGUSR1)
+        now[0] = 120.0
+        signal.raise_signal(signal.SIGTERM)
+        assert (request.signum, died, len(said)) == (signal.SIGUSR1, [], 1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert died == [signal.SIGUSR1]
 
 
 def test_a_checkpoint_of_weights_alone_is_no_start(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 
+from grpo_autotune.hardware.places import Place
 from grpo_autotune.records.probe import DeviceMemory
 from grpo_autotune.records.trial import Progress, TrialOutcome, TrialSpec
 from grpo_autotune.trials.parent.interleave import ALONE, Race, block_order, one_after_another
@@ -139,13 +143,61 @@ def test_speed_ups_leave_a_worker_as_warm_as_plain_trl(
     assert outcomes[1].warm
 
 
+def test_of_two_workers_side_by_side_one_is_killed(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    places = [Place(str(core), cores=(core,)) for core in (cores[0], cores[-1])]
+    seen: list[set[tuple[int, ...]]] = [set(), set()]
+
+    def watch(number: int, progress: Progress) -> None:
+        worker = runners[number]._worker
+        if progress.step and worker is not None:
+            child = psutil.Process(worker.pid).children()[0]
+            seen[number].add(tuple(child.cpu_affinity() or ()))
+            if number == 0:
+                child.kill()
+
+    with marked(monkeypatch) as mark, contextlib.ExitStack() as stack:
+        runners = [stack.enter_context(Runner(tmp_path, spawn=partial(Worker, place=place))) for place in places]
+        specs = [spec_of(tiny("qwen3"), tmp_path, number, steps=1) for number in range(2)]
+        trials = {n: runners[n].start(spec, partial(watch, n)) for n, spec in enumerate(specs)}
+        outcomes: dict[int, TrialOutcome] = {}
+        while trials:
+            for number, trial in list(trials.items()):
+                try:
+                    next(trial)
+                except StopIteration as end:
+                    outcomes[number] = end.value
+                    del trials[number]
+            time.sleep(0.01)
+        assert outcomes[0].status == "killed" and "SIGKILL" in (outcomes[0].why or "")
+        assert outcomes[1].status == "ok" and seen == [{places[0].cores}, {places[1].cores}]
+        stopped = runners[1].start(spec_of(tiny("qwen3"), tmp_path, 2))
+        next(stopped)
+        assert processes(mark)
+        stopped.close()  # as Ctrl-C does
+        assert processes(mark) == []
+
+
 def test_two_processes_under_torchrun(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a place, as those of one of several workers."""
     spec = spec_of(tiny("qwen3"), tmp_path, world_size=2, grpo={"gradient_accumulation_steps": 1})
-    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
-        outcome = runner.run(spec)
+    cores, seen = tuple(sorted(os.sched_getaffinity(0))[:2]), set[tuple[int, ...]]()
+
+    def watch(progress: Progress) -> None:
+        if progress.step:
+            seen.update(tuple(psutil.Process(pid).cpu_affinity() or ()) for pid in processes(mark))
+
+    with (
+        marked(monkeypatch) as mark,
+        Runner(tmp_path, spawn=partial(Worker, place=Place("two cores", cores=cores))) as runner,
+    ):
+        outcome = runner.run(spec, watch)
         assert processes(mark) == []
+    assert seen == {cores}
     assert outcome.status == "ok", outcome.why
     assert outcome.record is not None and outcome.record.trainer.world_size == 2
     assert len(outcome.record.ranks) == 2 and len(outcome.step_s) == 2

@@ -1,42 +1,77 @@
 """Reward functions of other frameworks, called by TRL: their files stay as they are.
 
 TRL gives a reward the lists of a batch of B: `completions` (texts, or messages), `completion_ids`, and one for each
-column. A style makes of them the arguments of one call for all, or of a call for each completion.
+column. A style makes of them the arguments of one call for all, or of a call for each completion. What a plugin of
+ms-swift imports of it is here where it is not installed: bases and registries, and names without a function.
 """
 
 import asyncio
 import importlib.util
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.adapters.swift_names import ORMS, provide_swift
+
+
+class ORM:
+    """Base of rewards, sync and async ones."""
+
+    def __init__(self, args: Any = None, **kwargs: Any) -> None:
+        self.args = args
+
+
+ORMS: dict[str, Any] = {}  # rewards that plugins have registered, by name
+KNOWN = {"ORM": ORM, "AsyncORM": ORM, "orms": ORMS, "get_logger": lambda *name, **how: logging.getLogger("swift")}
+
+
+class _Absent(dict[Any, Any]):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        what = f"a plugin calls {type(self).__name__} of ms-swift, of which only the base of rewards is here"
+        fix = "Install ms-swift, or put the reward into a file of its own."
+        raise ConfigError(what, where="rewards", fix=fix)
+
+    __call__ = __init__
+
+
+class _Swift(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        absent: Any = type(name, (_Absent,), {})
+        return KNOWN[name] if name in KNOWN else (absent if name[0].isupper() else absent.__new__(absent))
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "swift" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Swift(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        return None
+
 
 Batch = Mapping[str, Any]
-Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]
-"""True if one call is for the whole batch; positional arguments of each call; those by name."""
+Calls = tuple[bool, list[tuple[Any, ...]], list[dict[str, Any]]]  # one call for all? arguments by place; by name
 
 
 class Called:
-    """A function of the Python file `path`, which starts from the folder of the file `beside`.
-
-    Args:
-        style: Framework that it was written for, a key of `module.STYLES`.
-        function: Its name, or for ms-swift that in the plugin's registry.
-        arguments: Further keyword arguments; for a class of ms-swift the attributes of its `args`.
-
-    Raises:
-        ConfigError: There is no such file or function, or the file needs what is not installed.
-    """
+    """A function of the Python file `path` (from the folder of the file `beside`) or of ms-swift's registry, written
+    for a `style` of `named.STYLES`, with further keyword `arguments`; a class of ms-swift has them in its `args`.
+    ConfigError where there is no such file or function, or the file needs what is not installed."""
 
     def __init__(self, style: str, path: str, function: str, arguments: Mapping[str, Any], beside: str) -> None:
         file = Path(beside).absolute().parent / Path(path).expanduser()
-        if style == "swift":
-            provide_swift()
+        if style == "swift" and "swift" not in sys.modules and importlib.util.find_spec("swift") is None:
+            sys.meta_path.append(_Finder())
         module = _imported(file)
         registered = getattr(module, "orms", ORMS) if style == "swift" else {}
         called: Any = registered.get(function) or getattr(module, function, None)
@@ -45,7 +80,11 @@ class Called:
             raise ConfigError(f"{file} has no {function}", where=beside, fix=f"It has {', '.join(known)}.")
         self._arguments: Mapping[str, Any] = arguments
         if inspect.isclass(called):
-            called, self._arguments = _made(called, arguments), {}
+            made: Any = called
+            parameters = inspect.signature(made).parameters.values()
+            takes = any(one.name == "args" or one.kind is one.VAR_KEYWORD for one in parameters)
+            called = made(args=SimpleNamespace(**arguments)) if takes else made()
+            self._arguments = {}
         self._function: Callable[..., Any] = called
         self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style}")
         self._sequential = getattr(module, "REWARD_TYPE", "batch") == "sequential"
@@ -53,7 +92,6 @@ class Called:
         self.is_async = any(map(inspect.iscoroutinefunction, (called, type(called).__call__)))
 
     def __call__(self, **batch: Any) -> list[float | None]:
-        """The scores of a batch, B values."""
         whole, args, keys = self._calls(batch, list(map(text_of, batch["completions"])))
         results = [self._function(*one, **more, **self._arguments) for one, more in zip(args, keys, strict=True)]
         return list(map(_number, results[0] if whole else results))
@@ -105,18 +143,10 @@ def text_of(completion: Any) -> str:
 
 
 def _number(result: Any) -> float | None:
-    """A score: alone, the first of several values, or under verl's or EasyR1's name for it."""
     if isinstance(result, Mapping):
         result = result["score"] if "score" in result else result["overall"]
     result = result[0] if isinstance(result, list | tuple) else result
     return None if result is None else float(result)
-
-
-def _made(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """The reward that a class makes, as ms-swift does, of its training arguments."""
-    parameters = inspect.signature(cls).parameters.values()
-    takes = any(one.name == "args" or one.kind is one.VAR_KEYWORD for one in parameters)
-    return cls(args=SimpleNamespace(**arguments)) if takes else cls()
 
 
 def _imported(file: Path) -> ModuleType:

@@ -7,8 +7,9 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
-from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
-from grpo_autotune.interop.reading.beside import beside
+from grpo_autotune.interop.frameworks.rollout_trainers import on, positive, refuse, unused
+from grpo_autotune.interop.frameworks.rollout_words import Keys, keys_of, spelled
+from grpo_autotune.interop.reading.files import beside
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
@@ -17,114 +18,38 @@ MODEL, OPTIM, LORA = f"{ACTOR}model.", f"{ACTOR}optim.", f"{ACTOR}model.lora."
 VALIDATION = f"{ROLLOUT}val_override_config."
 AVERAGE, LOSS, MICRO = f"{ACTOR}loss_avg_mode", f"{ACTOR}loss_type", f"{ACTOR}micro_batch_size_per_device_for_update"
 
-KEYS = Keys(
-    group=f"{ROLLOUT}n", prompts="data.rollout_batch_size", mini=f"{ACTOR}global_batch_size",
-    passes=f"{ACTOR}ppo_epochs", nodes="trainer.nnodes", gpus="trainer.n_gpus_per_node", low=f"{ACTOR}clip_ratio_low",
-    high=f"{ACTOR}clip_ratio_high", dual=f"{ACTOR}clip_ratio_dual", warmup_steps=f"{OPTIM}lr_warmup_steps",
-    warmup_ratio=f"{OPTIM}lr_warmup_ratio", schedule=f"{OPTIM}lr_scheduler_type", least_rate=f"{OPTIM}min_lr_ratio",
-    epochs="trainer.total_epochs", steps="trainer.max_steps", save="trainer.save_freq", keep="trainer.save_limit",
-    val="trainer.val_freq", val_first="trainer.val_before_train", logger="trainer.logger",
-    run="trainer.experiment_name", rank=f"{LORA}rank", alpha=f"{LORA}alpha", adapted=f"{LORA}target_modules",
-    kept_out=f"{LORA}exclude_modules", parallel=f"{ROLLOUT}tensor_parallel_size", top_k=f"{ROLLOUT}top_k",
-    memory=f"{ROLLOUT}gpu_memory_utilization", longest_prompt="data.max_prompt_length",
-    longest_completion="data.max_response_length", filter_prompts="data.filter_overlong_prompts",
-    overflow="data.truncation",
-)  # fmt: skip
-
-DEFAULTS: dict[str, Any] = {
+KEYS = keys_of("easyr1")
+DEFAULTS: dict[str, Any] = spelled("easyr1", {
     "data.max_prompt_length": 512, "data.max_response_length": 512, "data.rollout_batch_size": 512,
     "data.filter_overlong_prompts": True, "data.truncation": "error", "data.shuffle": True, "data.seed": 1,
     "data.min_pixels": 262144, "data.max_pixels": 4194304, "data.prompt_key": "prompt", "data.answer_key": "answer",
     "data.image_key": "images", "algorithm.adv_estimator": "grpo", "algorithm.disable_kl": False,
-    "algorithm.use_kl_loss": False, "algorithm.kl_penalty": "kl", "algorithm.kl_coef": 1e-3,
+    "algorithm.use_kl_loss": False, "algorithm.kl_penalty": "kl", "algorithm.kl_coef": 0.001,
     "algorithm.filter_key": "overall", "algorithm.filter_low": 0.01, "algorithm.filter_high": 0.99,
-    f"{ACTOR}global_batch_size": 256, MICRO: 4, f"{ACTOR}max_grad_norm": 1.0, f"{ACTOR}clip_ratio_low": 0.2,
-    f"{ACTOR}clip_ratio_high": 0.3, f"{ACTOR}clip_ratio_dual": 3.0, AVERAGE: "token", LOSS: "default",
-    f"{ACTOR}ppo_epochs": 1, f"{MODEL}enable_gradient_checkpointing": True, f"{MODEL}trust_remote_code": True,
-    f"{LORA}rank": 0, f"{LORA}alpha": 64, f"{LORA}target_modules": "all-linear", f"{OPTIM}lr": 1e-6,
-    f"{OPTIM}betas": [0.9, 0.999], f"{OPTIM}weight_decay": 1e-2, f"{OPTIM}strategy": "adamw",
-    f"{OPTIM}lr_warmup_ratio": 0.0, f"{OPTIM}lr_scheduler_type": "constant", f"{ROLLOUT}n": 1,
-    f"{ROLLOUT}temperature": 1.0, f"{ROLLOUT}top_p": 1.0, f"{ROLLOUT}top_k": -1,
-    f"{ROLLOUT}gpu_memory_utilization": 0.6, f"{ROLLOUT}tensor_parallel_size": 2, f"{VALIDATION}n": 1,
-    "trainer.total_epochs": 15, "trainer.logger": ["console", "wandb"], "trainer.nnodes": 1,
-    "trainer.n_gpus_per_node": 8, "trainer.max_try_make_batch": 20, "trainer.val_freq": -1,
+    "actor.global_batch_size": 256, "actor.micro_batch_size_per_device_for_update": 4, "actor.max_grad_norm": 1.0,
+    "actor.clip_ratio_low": 0.2, "actor.clip_ratio_high": 0.3, "actor.clip_ratio_dual": 3.0,
+    "actor.loss_avg_mode": "token", "actor.loss_type": "default", "actor.ppo_epochs": 1,
+    "model.enable_gradient_checkpointing": True, "model.trust_remote_code": True, "model.lora.rank": 0,
+    "model.lora.alpha": 64, "model.lora.target_modules": "all-linear", "optim.lr": 1e-6, "optim.betas": [0.9, 0.999],
+    "optim.weight_decay": 0.01, "optim.strategy": "adamw", "optim.lr_warmup_ratio": 0.0,
+    "optim.lr_scheduler_type": "constant", "rollout.n": 1, "rollout.temperature": 1.0, "rollout.top_p": 1.0,
+    "rollout.top_k": -1, "rollout.gpu_memory_utilization": 0.6, "rollout.tensor_parallel_size": 2,
+    "rollout.val_override_config.n": 1, "trainer.total_epochs": 15, "trainer.logger": ["console", "wandb"],
+    "trainer.nnodes": 1, "trainer.n_gpus_per_node": 8, "trainer.max_try_make_batch": 20, "trainer.val_freq": -1,
     "trainer.val_before_train": True, "trainer.save_freq": -1, "trainer.save_limit": -1,
-}  # fmt: skip
-SHIPPED: dict[str, Any] = {
-    "data.train_files": "hiyouga/math12k@train", "data.val_files": "hiyouga/math12k@test", "data.prompt_key": "problem",
-    "data.max_prompt_length": 2048, "data.max_response_length": 2048, "algorithm.use_kl_loss": True,
-    "algorithm.kl_penalty": "low_var_kl", "algorithm.kl_coef": 1e-2, f"{ACTOR}global_batch_size": 128, MICRO: 1,
-    f"{MODEL}model_path": "Qwen/Qwen2.5-7B-Instruct", f"{MODEL}trust_remote_code": False, f"{ROLLOUT}n": 5,
-    f"{LORA}exclude_modules": ".*visual.*", f"{VALIDATION}temperature": 0.6, f"{VALIDATION}top_p": 0.95,
-    "trainer.val_freq": 5, "trainer.save_freq": 5, "trainer.save_limit": 3,
-    "data.format_prompt": "./examples/format_prompt/math.jinja",
-    "worker.reward.reward_function": "./examples/reward_function/math.py:compute_score",
-}  # fmt: skip
-"""What examples/config.yaml sets otherwise: for a script beside which it does not lie."""
-
+})  # fmt: skip
 KL = ("algorithm.use_kl_loss", "algorithm.kl_coef", "algorithm.kl_penalty")
 OLD_KL = (f"{ACTOR}use_kl_loss", f"{ACTOR}kl_loss_coef", f"{ACTOR}kl_loss_type")
 OLD_KEYS = {"epochs": "trainer.total_episodes", "val": "trainer.test_freq", "low": f"{ACTOR}clip_ratio",
             "high": f"{ACTOR}clip_ratio", "warmup_ratio": f"{OPTIM}lr_warmup_steps_ratio",
             "schedule": f"{OPTIM}warmup_style"}  # fmt: skip
-EARLY: dict[str, Any] = {
+EARLY: dict[str, Any] = {  # defaults of 02/2025 that differ, under its names
     "algorithm.adv_estimator": "gae", **dict(zip(OLD_KL, (True, 1e-3, "low_var_kl"), strict=True)),
     **dict(zip(OLD_KEYS.values(), (10, -1, 0.2, 0.2, 0.0, "constant"), strict=True)), f"{ACTOR}entropy_coeff": 1e-3,
     f"{ACTOR}clip_ratio_dual": None, f"{ROLLOUT}gpu_memory_utilization": 0.5, MICRO: None,
     "data.filter_overlong_prompts": False,
 }  # fmt: skip
-"""Defaults of 02/2025 that differ, under its names."""
 EARLY_MARKS = (*OLD_KL, "trainer.total_episodes", "trainer.test_freq", "worker.reward.compute_score")
-
-SAME = {
-    f"{MODEL}model_path": "model.name_or_path", f"{MODEL}trust_remote_code": "model.trust_remote_code",
-    f"{MODEL}freeze_vision_tower": "model.freeze_vision_tower", f"{ROLLOUT}max_model_len": "vllm.max_model_len",
-    f"{MODEL}override_config.attn_implementation": "model.attn_implementation", f"{OPTIM}lr": "grpo.learning_rate",
-    f"{MODEL}enable_gradient_checkpointing": "grpo.gradient_checkpointing", f"{ROLLOUT}top_p": "grpo.top_p",
-    f"{ACTOR}entropy_coeff": "grpo.entropy_coef", f"{ACTOR}max_grad_norm": "grpo.max_grad_norm",
-    f"{OPTIM}weight_decay": "grpo.weight_decay", f"{ROLLOUT}temperature": "grpo.temperature",
-    "data.seed": "grpo.seed", "data.shuffle": "grpo.shuffle_dataset", "data.image_dir": "data.image_root",
-    "data.max_pixels": "data.max_pixels", "data.min_pixels": "data.min_pixels",
-    "data.system_prompt": "data.system_prompt",
-}  # fmt: skip
-FAST = {f"{ROLLOUT}{name}": f"vllm.{name}"
-        for name in ("max_num_batched_tokens", "max_num_seqs", "enforce_eager", "enable_chunked_prefill")}  # fmt: skip
-
-WORDS = shared.words(
-    {
-        ("speed", "where weights and the optimizer lie: `grpo.fsdp` and `grpo.deepspeed` for several GPUs"):
-            "actor.fsdp. actor.offload. actor.strategy ref. hybrid_engine",
-        ("speed", "TRL pads a micro batch to its longest completion"): "actor.padding_free",
-        ("speed", "a micro batch of the source holds more completions where they are short"):
-            "actor.dynamic_batching",
-        ("speed", "passes without gradient use per_device_train_batch_size"):
-            "actor.micro_batch_size_per_device_for_experience",
-        ("speed", "the run folder is output.dir"): "trainer.save_checkpoint_path",
-        ("speed", "the engine's room for images follows from the data"): "rollout.limit_images",
-        ("speed", "no part of what is learned"):
-            "trainer.val_generations_to_log trainer.val_generations_to_log_to_wandb trainer.ray_timeline "
-            "trainer.find_last_checkpoint trainer.remove_previous_ckpt trainer.del_local_ckpt_after_load "
-            "trainer.project_name trainer.save_limit trainer.balance_batch trainer.default_hdfs_dir "
-            "rollout.name rollout.dtype rollout.seed rollout.disable_ rollout.free_cache_engine "
-            "rollout.trust_remote_code reward.num_cpus reward.reward_type reward.skip_special_tokens "
-            "actor.use_torch_compile data.val_batch_size data.mini_rollout_batch_size "
-            "data.filter_overlong_prompts_workers data.return_raw_",
-        ("same", "PPO's, without effect with grpo"): "critic. trainer.critic_warmup algorithm.gamma algorithm.lam",
-        ("same", "goes with algorithm.online_filtering"): "algorithm.filter_ trainer.max_try_make_batch",
-        ("same", "off"): "algorithm.online_filtering algorithm.disable_kl",
-        ("same", "of KL in the reward, in the row of use_kl_loss"): "algorithm.kl_",
-        ("same", "the source sets it when it starts"): "optim.training_steps",
-        ("same", "the file under these settings"): "config",
-        ("same", "rows with videos are not read here"): "data.video_",
-        ("none", "completions end at the end token"): "rollout.ignore_eos",
-        ("none", "the model's own is taken"): "model.override_config. model.tokenizer_path",
-        ("none", "checkpoints hold the optimizer, so that training can go on"): "trainer.save_model_only",
-        ("none", "grpo-autotune infer evaluates alone"): "trainer.val_only",
-        ("none", "grpo-autotune train --resume, of its own checkpoints"): "trainer.load_checkpoint_path",
-    },
-    {**dict.fromkeys(("actor", "rollout", "ref", "critic", "reward", "hybrid_engine"), "worker."),
-     **dict.fromkeys(("model", "optim"), ACTOR)},
-)  # fmt: skip
 
 
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
@@ -144,27 +69,20 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _reward(t)
     shared.cadence(t, keys, ends_early=is_early)
     shared.naming(t, keys)
-    shared.renamed(t, SAME)
-    shared.renamed(t, FAST, "speed")
-    shared.explain(t, WORDS)
+    shared.by_name(t)
+    shared.explain(t)
     return t
 
 
 def _resolved(source: Source, version: str | None, world_size: int | None) -> tuple[Translation, bool]:
-    """The translation with the defaults of a version, and whether that is the early one."""
     if version not in (None, "2025.2", "2026.7"):
         what = f"{version!r} is no version of EasyR1"
         raise ConfigError(what, where="--source-version", fix="Known: 2025.2, 2026.7.")
     mark = next((key for key in EARLY_MARKS if key in source.settings), None)
     is_early = version == "2025.2" if version else mark is not None
     reason = "--source-version" if version else f"it has the key {mark}" if mark else "assumed, as no key tells"
-    lacks_base = "config" in source.hints
-    defaults = DEFAULTS | (EARLY if is_early else SHIPPED if lacks_base else {})
-    t = Translation(source, defaults, "2025.2" if is_early else "2026.7", reason, world_size)
-    if lacks_base:
-        values = "of the classes" if is_early else "of EasyR1's examples/config.yaml"
-        t.warnings.append(f"for what the file leaves out, the values {values} are assumed")
-    return t, is_early
+    defaults = DEFAULTS | (EARLY if is_early else {})
+    return Translation(source, defaults, "2025.2" if is_early else "2026.7", reason, world_size), is_early
 
 
 def _batch(t: Translation, keys: Keys) -> None:
@@ -180,7 +98,6 @@ def _batch(t: Translation, keys: Keys) -> None:
 
 
 def _weights(t: Translation, keys: Keys) -> None:
-    """The trained weights, and their optimizer."""
     modules = t.value(keys.adapted)
     if isinstance(modules, str) and modules != "all-linear":
         modules = [name.strip() for name in modules.split(",")]
@@ -254,7 +171,6 @@ def _data(t: Translation, keys: Keys) -> None:
 
 
 def _template(t: Translation, key: str, target: str, note: str) -> str | None:
-    """A file of Jinja, if it lies beside the source."""
     named = t.value(key)
     file = beside(t.source.path, str(named)) if on(named) else None
     if file is not None:
@@ -267,7 +183,6 @@ def _template(t: Translation, key: str, target: str, note: str) -> str | None:
 
 
 def _reward(t: Translation) -> None:
-    """The user's function, or the name of one that early versions had."""
     key, arguments = "worker.reward.reward_function", shared.below(t, "worker.reward.reward_function_kwargs.")
     if not on(t.value(key)) and t.given("worker.reward.compute_score"):
         note = "EasyR1's own: 0.9 for the right answer, by mathruler, and 0.1 for the form; here 1, by math-verify"

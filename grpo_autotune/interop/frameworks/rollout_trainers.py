@@ -1,52 +1,26 @@
 """The common part of verl and EasyR1, its fork: a step is a rollout, sizes are prompts, and losses have other names.
 
-Each function gives verdicts on a few settings, whose keys come from a framework's `Keys`. Sources: core_algos.py,
-dp_actor.py, engine_workers.py and ray_trainer.py of both, and TRL 1.16's grpo_trainer.py.
+Sources: core_algos.py, dp_actor.py, engine_workers.py and ray_trainer.py of both, and TRL 1.16's grpo_trainer.py.
 """
 
 import math
 import re
-from collections import namedtuple
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.adapters.module import adapter
-from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.reading.beside import beside
-from grpo_autotune.interop.translation import Translation, nested
+from grpo_autotune.interop.adapters.named import adapter
+from grpo_autotune.interop.frameworks.rollout_words import FAST, SAME, Keys, spelled, words_of
+from grpo_autotune.interop.reading.files import beside
+from grpo_autotune.interop.translation import SixNumbers, Translation, nested
 from grpo_autotune.records.imported import Verdict
 from grpo_autotune.units import plural
 
-Keys = namedtuple(
-    "Keys",
-    "group prompts mini passes nodes gpus low high dual warmup_steps warmup_ratio schedule least_rate epochs steps "
-    "save keep val val_first logger run rank alpha adapted kept_out parallel memory top_k longest_prompt "
-    "longest_completion filter_prompts overflow train_files val_files",
-    defaults=("data.train_files", "data.val_files"),
-)
-"""One framework's names."""
-
-REPORTS = {"wandb", "swanlab", "tensorboard", "mlflow", "trackio", "clearml"}
-"""Loggers that transformers has as well."""
-K3 = ("low_var_kl", "k3")
-"""Names of TRL's estimator of KL (Schulman 2020)."""
+REPORTS = {"wandb", "swanlab", "tensorboard", "mlflow", "trackio", "clearml"}  # loggers that transformers has as well
 EPSILON = "the source adds 1e-6 to the deviation, TRL 1e-4: 0.02 % at a deviation of 0.5"
 HALVES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
-WIDE: tuple[dict[str, Any], str] = (
-    {"model.dtype": "float32", "grpo.bf16": True},
-    "float32 weights cost 4 bytes each; in bfloat16 the updates of a small learning rate round to nothing",
-)
-NARROW: tuple[dict[str, Any], str] = (
-    {"model.dtype": "bfloat16"},
-    "frozen weights are bfloat16 in the arithmetic either way; the adapter's stay in float32",
-)
-UNEVEN = (
-    "TRL divides by the tokens of the rollout's average step, the source by the step's own: a step's gradient "
-    "differs by about {:.0f} % where lengths spread as widely as their mean"
-)
 
 
 def refuse(t: Translation, key: str, what: str, fix: str | None = None) -> NoReturn:
@@ -79,15 +53,17 @@ def unused(t: Translation, keys: Iterable[str], note: str) -> None:
             t.inert(key, note)
 
 
-def words(groups: Mapping[tuple[Verdict, str], str], prefixes: Mapping[str, str]) -> dict[str, tuple[Verdict, str]]:
-    """Verdict and note of each name in `groups`, whose first part is replaced as `prefixes` say."""
-    named = ((what, name) for what, names in groups.items() for name in names.split())
-    return {prefixes.get(name.partition(".")[0], "") + name: what for what, name in named}
+def by_name(t: Translation) -> None:
+    """Verdicts on keys with the same meaning under another name, and on those of the engine that change seconds."""
+    framework = t.source.framework
+    renamed(t, spelled(framework, SAME[framework]))
+    renamed(t, spelled(framework, {f"rollout.{name}": f"vllm.{name}" for name in FAST[framework].split()}), "speed")
 
 
-def explain(t: Translation, notes: Mapping[str, tuple[Verdict, str]]) -> None:
-    """Verdicts on what the file sets and nothing else was said of: by key, or by what a key begins with. What has no
-    equivalent and is switched off is the same."""
+def explain(t: Translation) -> None:
+    """Verdicts by the tables on what the file sets and nothing else was said of: by key, or by what it begins with.
+    What has no equivalent and is switched off is the same."""
+    notes = words_of(t.source.framework)
     for key in t.source.settings.keys() - t.rows.keys():
         starts = [start for start in notes if key == start or (start[-1] in "._@" and key.startswith(start))]
         if starts:
@@ -117,11 +93,9 @@ def devices(t: Translation, keys: Keys, shards: Sequence[str]) -> int:
     if gpus % share:
         refuse(t, next(filter(t.given, shards)), f"{gpus} GPUs cannot be divided into groups of {share}")
     for key in filter(t.given, shards):
-        if positive(t, key) > 1:
-            ranks = plural(gpus // share, "data-parallel rank")
-            t.speed(key, f"TRL splits no sequence and no model: {plural(gpus, 'GPU')} are {ranks}")
-        else:
-            t.inert(key, "nothing is split")
+        ranks = f"{plural(gpus, 'GPU')} are {plural(gpus // share, 'data-parallel rank')}"
+        is_split = positive(t, key) > 1
+        t.speed(key, f"TRL splits no sequence and no model: {ranks}") if is_split else t.inert(key, "nothing is split")
     return gpus // share
 
 
@@ -140,16 +114,15 @@ def kl(t: Translation, switch: str, coefficient: str, estimator: str) -> None:
     """The KL term of the loss."""
     if not on(t.value(switch)):
         t.converted(switch, {"grpo.beta": 0.0}, "no KL in the loss")
-        unused(t, (coefficient, estimator), f"without effect, as {switch} is off")
-        return
+        return unused(t, (coefficient, estimator), f"without effect, as {switch} is off")
     beta, kind = t.number(coefficient), t.value(estimator)
     idle = "" if beta else "the source runs a reference model for nothing, TRL does not"
     t.same(coefficient, "grpo.beta", beta, idle)
     t.converted(switch, {"grpo.use_bias_correction_kl": False}, "TRL's default multiplies KL by the importance ratio")
-    if kind in K3:
-        t.inert(estimator, "TRL's estimator; the source also clamps it to 10 per token")
-    else:
-        t.changes(estimator, {}, f"TRL has k3 alone, not {kind}: the same expectation of the value, another gradient")
+    if kind in ("low_var_kl", "k3"):  # Schulman 2020
+        return t.inert(estimator, "TRL's estimator; the source also clamps it to 10 per token")
+    note = f"TRL has k3 alone, not {kind}: the same expectation of the value, another gradient"
+    return t.changes(estimator, {}, note)
 
 
 def clipping(t: Translation, keys: Keys, form: str, has_dual: bool) -> None:
@@ -159,10 +132,8 @@ def clipping(t: Translation, keys: Keys, form: str, has_dual: bool) -> None:
         unused(t, (keys.low, keys.high), "SAPO clips nothing")
     elif form == "cispo":
         t.converted(keys.high, {"grpo.epsilon_high": 1 + high}, f"TRL's is the largest ratio itself: 1 + {high:g}")
-        if low < 1:
-            t.changes(keys.low, {}, f"the source raises smaller ratios to {1 - low:g}, TRL leaves them as they are")
-        else:
-            t.inert(keys.low, "no ratio is below 0")
+        note = f"the source raises smaller ratios to {1 - low:g}, TRL leaves them as they are"
+        t.changes(keys.low, {}, note) if low < 1 else t.inert(keys.low, "no ratio is below 0")
     else:
         t.same(keys.low, "grpo.epsilon")
         t.same(keys.high, "grpo.epsilon_high")
@@ -176,7 +147,9 @@ def uneven(t: Translation) -> str:
     assert t.batch is not None
     if t.values["grpo.steps_per_generation"] == t.values["grpo.gradient_accumulation_steps"]:
         return ""
-    return UNEVEN.format(100 / math.sqrt(t.batch.completions))
+    share = 100 / math.sqrt(t.batch.completions)
+    what = "TRL divides by the tokens of the rollout's average step, the source by the step's own: a step's gradient "
+    return f"{what}differs by about {share:.0f} % where lengths spread as widely as their mean"
 
 
 def rollouts(t: Translation, key: str, targets: Mapping[str, Any], step_key: str) -> None:
@@ -189,15 +162,14 @@ def rollouts(t: Translation, key: str, targets: Mapping[str, Any], step_key: str
 def schedule(t: Translation, keys: Keys) -> None:
     """Warm-up and learning rate, which the source moves once per rollout, TRL once per optimizer step."""
     steps, kind, least = positive(t, keys.warmup_steps), str(t.value(keys.schedule)), positive(t, keys.least_rate)
+    ratio = positive(t, keys.warmup_ratio)
     if steps:
         rollouts(t, keys.warmup_steps, {}, "grpo.warmup_steps")
         unused(t, [keys.warmup_ratio], f"{keys.warmup_steps} goes before it")
     else:
-        ratio = positive(t, keys.warmup_ratio)
         t.converted(keys.warmup_ratio, {"grpo.warmup_steps": ratio}, "below 1 it is a share of all steps")
         unused(t, [keys.warmup_steps], "not above 0: the share holds")
-    is_warm = bool(steps or positive(t, keys.warmup_ratio))
-    values: dict[str, Any] = {"grpo.lr_scheduler_type": "constant_with_warmup" if is_warm else "constant"}
+    values: dict[str, Any] = {"grpo.lr_scheduler_type": "constant_with_warmup" if steps or ratio else "constant"}
     if kind in ("cosine", "linear"):
         has_floor = kind == "cosine" and least
         values = {"grpo.lr_scheduler_type": "cosine_with_min_lr" if has_floor else kind}
@@ -238,8 +210,7 @@ def cadence(t: Translation, keys: Keys, ends_early: bool) -> None:
 
 
 def evaluation(t: Translation, keys: Keys, sampling: Mapping[str, tuple[str, Any]], group_key: str) -> None:
-    """Evaluation: how often, how many completions of a prompt, and by which sampling (name in `eval_sampling` -> key
-    and value)."""
+    """Evaluation: how often, how many completions, and by which sampling (name in `eval_sampling` -> key, value)."""
     if not positive(t, keys.val):
         unused(t, (keys.val, group_key, *(key for key, _ in sampling.values())), "nothing is evaluated")
         if on(t.value(keys.val_first)):
@@ -263,7 +234,7 @@ def naming(t: Translation, keys: Keys) -> None:
     note = f"{lost}: the terminal and the files of the run folder are always written" if lost else ""
     t.converted(keys.logger, {"grpo.report_to": [name for name in names if name in REPORTS] or "none"}, note)
     name = str(t.value(keys.run) or "")
-    if t.given(keys.run) and "$" in name:
+    if "$" in name:
         t.speed(keys.run, "known only where the script runs; the name of the file is the run's")
     elif t.given(keys.run):
         t.same(keys.run, "output.name", re.sub(r"[^\w.-]+", "-", name).strip("-."))
@@ -287,7 +258,11 @@ def weights(t: Translation, key: str, is_lora: bool) -> None:
     """Type of the trained weights: float32 with bfloat16 arithmetic, unless the file says otherwise."""
     if kind := HALVES.get(str(t.value(key)).lower()):
         return t.same(key, "model.dtype", kind)
-    return t.converted(key, *(NARROW if is_lora else WIDE))
+    if is_lora:
+        note = "frozen weights are bfloat16 in the arithmetic either way; the adapter's stay in float32"
+        return t.converted(key, {"model.dtype": "bfloat16"}, note)
+    note = "float32 weights cost 4 bytes each; in bfloat16 the updates of a small learning rate round to nothing"
+    return t.converted(key, {"model.dtype": "float32", "grpo.bf16": True}, note)
 
 
 def engine(t: Translation, keys: Keys) -> None:
@@ -311,14 +286,12 @@ def prompts(t: Translation, keys: Keys) -> None:
     t.set("vllm.max_model_len", longest + completion, "longest prompt and completion together")
     if on(t.value(keys.filter_prompts)):
         t.same(keys.filter_prompts, "data.prompt_overflow", "filter")
-        unused(t, [keys.overflow], "prompts that are too long are filtered before")
-        return
+        return unused(t, [keys.overflow], "prompts that are too long are filtered before")
     unused(t, [keys.filter_prompts], f"off: {keys.overflow} holds")
     if cut in ("error", "left"):
-        t.same(keys.overflow, "data.prompt_overflow")
-    else:
-        note = f"no prompt is cut on the {cut} here: it is an error"
-        t.changes(keys.overflow, {"data.prompt_overflow": "error"}, note)
+        return t.same(keys.overflow, "data.prompt_overflow")
+    note = f"no prompt is cut on the {cut} here: it is an error"
+    return t.changes(keys.overflow, {"data.prompt_overflow": "error"}, note)
 
 
 def columns(t: Translation, names: Mapping[str, str]) -> dict[str, str]:
@@ -329,8 +302,7 @@ def columns(t: Translation, names: Mapping[str, str]) -> dict[str, str]:
 
 
 def files(t: Translation, keys: Keys, shared: Mapping[str, Any]) -> None:
-    """Training files and held-out ones, each read with the `shared` keys of the data section; several are a mixture
-    without weights, in which each row comes once per epoch."""
+    """Training files and held-out ones, each read with the `shared` keys of the data section; several are a mixture."""
     train = _paths(t.value(keys.train_files))
     held = _paths(t.value(keys.val_files)) if positive(t, keys.val) else []
     if not train:

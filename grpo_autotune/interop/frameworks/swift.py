@@ -12,36 +12,34 @@ from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.frameworks import accelerate, deepspeed, swift_keys, swift_run
+from grpo_autotune.interop.frameworks import sharding, swift_keys, swift_run
 from grpo_autotune.interop.reading.arguments import option_value
 from grpo_autotune.interop.source import Setting, Source
-from grpo_autotune.interop.translation import UNKNOWN, Translation
+from grpo_autotune.interop.translation import UNKNOWN, SixNumbers, Translation
 
 _ZERO_3: dict[str, Any] = {"stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True}
-PRESETS = {
-    **{f"zero{stage}": deepspeed.zero(stage) for stage in (0, 1, 2)},
-    "zero2_offload": deepspeed.zero(2, optimizer="cpu"),
-    "zero3": deepspeed.zero(3, **_ZERO_3),
-    "zero3_offload": deepspeed.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
+PRESETS = {  # DeepSpeed's configurations by swift's names (swift/config; prefetch: swift/rlhf_trainers/arguments.py)
+    **{f"zero{stage}": sharding.zero(stage) for stage in (0, 1, 2)},
+    "zero2_offload": sharding.zero(2, optimizer="cpu"),
+    "zero3": sharding.zero(3, **_ZERO_3),
+    "zero3_offload": sharding.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
 }
-"""DeepSpeed's configurations by swift's names (swift/config; the prefetch: swift/rlhf_trainers/arguments.py)."""
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
-GROUPS = ("train", "rollout", "teacher")
-"""Roles of Ray's YAML, each with keys of its own."""
-OVERRULED = "overruled."
-"""Beginning of keys that are given under another name as well, which wins."""
-VARIABLES = ("ENV", "model_kwargs")
-"""Mappings whose keys are variables of the process."""
+GROUPS = ("train", "rollout", "teacher")  # roles of Ray's YAML, each with keys of its own
+OVERRULED = "overruled."  # beginning of keys that are given under another name as well, which wins
+VARIABLES = ("ENV", "model_kwargs")  # mappings whose keys are variables of the process
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
-    """Verdicts of all of ms-swift's settings. ConfigError for another algorithm than GRPO, and for rollouts or rewards
-    that are not read: several turns, environments, reward models."""
+    """Verdicts of all of ms-swift's settings. ConfigError for a way of training that is not read."""
     source, names = prepared(source)
     megatron = "megatron" in (source.program or "") or "global_batch_size" in source.settings
     version, reason = _version(source, names, version)
-    to = Translation(source, _defaults(version, megatron), version, reason, world_size)
+    defaults = dict(swift_keys.DEFAULTS)
+    for before, values in swift_keys.OLDER:
+        defaults |= values if _before(version, before) else {}
+    defaults |= swift_keys.MEGATRON if megatron else {}
+    to = Translation(source, defaults, version, reason, world_size)
     _refuse(to)
     _batch(to, megatron, version)
     swift_run.translate(to)
@@ -53,15 +51,11 @@ def translate(source: Source, version: str | None, world_size: int | None) -> Tr
 
 
 def prepared(source: Source) -> tuple[Source, dict[str, str]]:
-    """The source under the newest names: with the files that it names, Ray's groups dissolved, and variables that are
-    settings among these. Second, the newest name of a setting -> its name in the file."""
-    source = deepspeed.with_file(source, source.settings.get("deepspeed"), deepspeed.PREFIX)
-    source = accelerate.with_launch(source)
-    given = {
-        key: replace(setting, value=option_value(str(setting.value)))
-        for key, setting in source.environment.items()
-        if key in swift_keys.ENVIRONMENT
-    }
+    """The source under the newest names, with the files that it names, and the newest name of a setting -> its own."""
+    source = sharding.with_file(source, source.settings.get("deepspeed"), sharding.PREFIX)
+    source = sharding.with_launch(source)
+    variables = {key: one for key, one in source.environment.items() if key in swift_keys.ENVIRONMENT}
+    given = {key: replace(one, value=option_value(str(one.value))) for key, one in variables.items()}
     for key, setting in source.settings.items():
         inside = swift_run.mapping(setting.value) if key in (*GROUPS, *VARIABLES) else {}
         parts = {f"{key}.{name}": replace(setting, value=value) for name, value in inside.items()}
@@ -85,7 +79,6 @@ def _newest(path: str) -> str:
 
 
 def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tuple[str, str]:
-    """The version to take defaults of, and the reason."""
     if version := wanted or source.hints.get("ms-swift"):
         return version, "--source-version" if wanted else "pinned in the file"
     old = next((key for key in swift_keys.VERSION_OF if key in names.values()), None)
@@ -93,22 +86,13 @@ def _version(source: Source, names: Mapping[str, str], wanted: str | None) -> tu
 
 
 def _before(version: str, other: str) -> bool:
-    """True for an earlier version; ConfigError where it is none."""
     first, second = ([int(part) for part in re.findall(r"\d+", text)[:3]] for text in (version, other))
     if not first:
         raise ConfigError(f"{version!r} is no version", where="--source-version", fix="Example: 3.8.")
     return first < second
 
 
-def _defaults(version: str, megatron: bool) -> dict[str, Any]:
-    defaults = dict(swift_keys.DEFAULTS)
-    for before, values in swift_keys.OLDER:
-        defaults |= values if _before(version, before) else {}
-    return {**defaults, **(swift_keys.MEGATRON if megatron else {})}
-
-
 def _refuse(to: Translation) -> None:
-    """ConfigError for a way of training that is not read."""
     fix = "Import a configuration without it."
     for key, what in swift_keys.REFUSED.items():
         if to.given(key) and to.value(key):
@@ -158,35 +142,32 @@ def _batch(to: Translation, megatron: bool, version: str) -> None:
 def _processes(to: Translation) -> tuple[int, list[str]]:
     """Processes that train, and the settings that say so: Ray's, the launcher's, else swift's own variables."""
     counts = [key for key in ("NPROC_PER_NODE", "NNODES") if to.given(key)]
-    launched = to.number("train.gpus") if to.given("train.gpus") else accelerate.processes(to)
+    launched = to.number("train.gpus") if to.given("train.gpus") else sharding.processes(to)
     if to.given("CUDA_VISIBLE_DEVICES"):
         spread = not counts and launched is None and "," in str(to.value("CUDA_VISIBLE_DEVICES"))
         to.speed("CUDA_VISIBLE_DEVICES", "one process, the model spread over them" if spread else "GPUs of the run")
     if launched is None:
         return math.prod(map(to.number, counts)), counts
-    for key in counts:
-        to.inert(key, "the launcher says it")
+    to.inert(counts, "the launcher says it")
     return launched, ["train.gpus"] if to.given("train.gpus") else []
 
 
 def _sharding(to: Translation, megatron: bool) -> None:
-    """DeepSpeed, FSDP and accelerate; Megatron's optimizer, which always keeps weights in 32 bits."""
     adapter = to.value("tuner_type") != "full"
     if named := to.value("deepspeed"):
-        deepspeed.apply(to, "deepspeed", PRESETS.get(str(named), named), adapter=adapter)
+        sharding.apply_deepspeed(to, "deepspeed", PRESETS.get(str(named), named), adapter=adapter)
     if to.value("fsdp"):
-        accelerate.fully_sharded(to, "fsdp", FSDP_2)
-    accelerate.apply(to, adapter=adapter)
+        sharding.fully_sharded(to, "fsdp", FSDP_2)
+    sharding.apply_launch(to, adapter=adapter)
     if megatron and not adapter:
         note = "Megatron keeps 32-bit weights beside the bfloat16 ones"
-        to.converted("use_distributed_optimizer", deepspeed.master_weights(to), note)
+        to.converted("use_distributed_optimizer", sharding.master_weights(to), note)
     if "torch_dtype" in to.rows and to.values["model.dtype"] != to.value("torch_dtype"):
         note = "the type of computing: weights are kept in 32 bits"
-        to.converted("torch_dtype", deepspeed.master_weights(to), note)
+        to.converted("torch_dtype", sharding.master_weights(to), note)
 
 
 def _rest(to: Translation, key: str) -> None:
-    """The verdict of a key that no function gave one: TRL's own under its name, else by table."""
     value, known = to.value(key), swift_keys.verdict_of(key)
     foreign = None if known else grpo_keys().get(key)
     if foreign is not None and foreign.allows(value) and not key.startswith("vllm_"):

@@ -26,13 +26,12 @@ DEFAULTS: dict[str, Any] = {
     "cosine_min_len_value_wrong": -0.5, "cosine_max_len_value_wrong": 0.0, "cosine_min_len_value_correct": 1.0,
     "cosine_max_len_value_correct": 0.5,
 }  # fmt: skip
-MEGATRON: dict[str, Any] = {
+MEGATRON: dict[str, Any] = {  # defaults of `megatron rlhf` and Ray that differ, or are its own
     "micro_batch_size": 1, "global_batch_size": 16, "steps_per_generation": 1, "tuner_type": "full", "use_vllm": True,
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
     "num_train_epochs": None,
 }  # fmt: skip
-"""Defaults of `megatron rlhf` and Ray that differ, or are its own."""
-OLDER: tuple[tuple[str, dict[str, Any]], ...] = (
+OLDER: tuple[tuple[str, dict[str, Any]], ...] = (  # defaults before a version
     ("4.0.3", {"top_k": 50, "top_p": 0.9}),
     ("3.7", {"gradient_accumulation_steps": None}),  # as many as make 16 completions
     ("3.6", {"split_dataset_ratio": 0.01}),
@@ -40,14 +39,12 @@ OLDER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("3.4", {"loss_type": "bnpo"}),
     ("3.2.2", {"adam_beta2": 0.999, "cosine_min_len_value_wrong": 0.0, "cosine_max_len_value_wrong": -0.5}),
 )
-"""Defaults before a version."""
-VERSION_OF = {
+VERSION_OF = {  # key -> the last version that heeded it, the earliest first
     "sft_type": "3.2", "mini_batch_size": "3.3", "use_lmdeploy": "3.4", "num_infer_workers": "3.4",
     "vllm_device": "3.4", "train_type": "3.12", "log_interval": "3.12", "save_interval": "3.12", "num_workers": "3.12",
 }  # fmt: skip
-"""Key -> the last version that heeded it, the earliest first."""
 
-RENAMED = {
+RENAMED = {  # older names, and Megatron's, for a key
     "train_type": "tuner_type", "sft_type": "tuner_type", "custom_register_path": "external_plugins",
     "max_new_tokens": "max_completion_length", "response_length": "max_completion_length",
     "max_epochs": "num_train_epochs", "tensor_parallel_size": "vllm_tensor_parallel_size", "ckpt_dir": "model",
@@ -58,14 +55,11 @@ RENAMED = {
     "train_iters": "max_steps", "log_interval": "logging_steps", "save_interval": "save_steps",
     "eval_interval": "eval_steps", "num_workers": "dataloader_num_workers", "save": "output_dir",
 }  # fmt: skip
-"""Older names, and Megatron's, for a key."""
-PIXELS = {
+PIXELS = {  # variables that limit images, in pixels or in tokens
     "MAX_PIXELS": "data.max_pixels", "IMAGE_MAX_TOKEN_NUM": "data.max_pixels", "MIN_PIXELS": "data.min_pixels",
     "IMAGE_MIN_TOKEN_NUM": "data.min_pixels",
 }  # fmt: skip
-"""Variables that limit images, in pixels or in tokens."""
-PATCHES_OF_28 = r"(?i)qwen-?2(\.5)?-?(vl|omni)"
-"""Models with tokens of 28 x 28 pixels; the others have 32 x 32 (swift/model/models/qwen.py)."""
+PATCHES_OF_28 = r"(?i)qwen-?2(\.5)?-?(vl|omni)"  # models with tokens of 28 x 28 pixels; others have 32 x 32
 ENVIRONMENT = (*PIXELS, "NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_HF")
 
 PEFT = {
@@ -92,10 +86,9 @@ SAME = {
 }  # fmt: skip
 """The same under our name, or under TRL's with another default. Other keys of TRL, transformers and vLLM pass through
 under their own."""
-SPELLED: dict[str, dict[Any, Any]] = {
+SPELLED: dict[str, dict[Any, Any]] = {  # values that are spelled otherwise
     "attn_impl": {"flash_attn": "flash_attention_2"}, "scale_rewards": {True: "group", False: "none"}, "top_k": {-1: 0},
 }  # fmt: skip
-"""Values that are spelled otherwise."""
 FIXED = {"quant_method": "bnb", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 """How `model.load_in_4bit` loads."""
 
@@ -107,18 +100,16 @@ REFUSED = {
 }  # fmt: skip
 LOSSES = {"grpo": False, "bnpo": False, "dr_grpo": False, "sapo": False, "dapo": True, "cispo": True}
 """Losses that TRL has by the same formula -> True where the tokens of a whole rollout divide it."""
-READ = {"rlhf_type": ["grpo"], "advantage_estimator": ["grpo"], "loss_type": list(LOSSES)}
-"""Values of a key that are GRPO as TRL has it."""
-NEARLY = {
+READ = {"rlhf_type": ["grpo"], "advantage_estimator": ["grpo"], "loss_type": list(LOSSES)}  # values that TRL has too
+NEARLY = {  # what differs in a part of the loss
     "overlong_filter": "tokens that are left out still divide the loss there, and do not here",
     "top_entropy_quantile": "the threshold is that of one rank's micro batch there, and of all ranks' here",
     "off_policy_sequence_mask_delta": "sequences that are left out keep their KL term here",
 }
-"""What differs in a part of the loss."""
 VISION = r"(?i)vl\b|vl[-_\d]|vision|omni|llava|gemma-?[34]|qwen3\.[5-9]|ovis|minicpm-?[vo]|pixtral|paligemma"
 """Names of models that see images."""
 
-KEYS: tuple[tuple[Verdict, str, str], ...] = (
+KEYS: tuple[tuple[Verdict, str, str], ...] = (  # a key's fate where it is on; the first that fits is it
     ("same", "nothing that the run depends on", """
         rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict streaming
         dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_* no_load_* ENV merge_lora
@@ -163,7 +154,6 @@ KEYS: tuple[tuple[Verdict, str, str], ...] = (
     ("none", "each of them is one backward pass there, and their gradients are added", "mini_batch_size"),
     ("same", "without effect as the file stands", "teacher* fipo_* real_* rlsd_* sdar_* rollout.* train.*"),
 )  # fmt: skip
-"""What becomes of a key that no function looks at, where it is on; the first that fits is it."""
 
 
 def verdict_of(key: str) -> tuple[Verdict, str] | None:

@@ -10,30 +10,25 @@ from typing import Any
 
 from grpo_autotune.config.sections.vllm import engine_names
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.adapters.module import adapter
-from grpo_autotune.interop.adapters.named import NAMED
+from grpo_autotune.interop.adapters.named import NAMED, adapter
 from grpo_autotune.interop.frameworks import swift_keys
-from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.files import beside, text_of
 from grpo_autotune.interop.translation import Translation
 
-OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}
-"""swift's columns -> ours, where they differ."""
-ENGINE = (
+OURS = {"query": "prompt", "question": "prompt", "messages": "prompt"}  # swift's columns -> ours, where they differ
+ENGINE = (  # keys of the engine beside those that begin with `vllm_`
     "sleep_level", "rollout.gpus", "structured_outputs_regex", "rollout_importance_sampling_mode",
     "rollout_importance_sampling_threshold",
 )  # fmt: skip
-"""Keys of the engine beside those that begin with `vllm_`."""
-OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"
-"""Beginnings of settings that rewards read."""
+OF_REWARDS = r"cosine_m|repetition_(n_grams|max_penalty)|soft_(max|cache)_length"  # settings that rewards read
 UNENDED = "a completion that ends so has no end token, and counts as truncated here"
 HUB = "an id of ModelScope, if it is no path: see that the Hugging Face hub has the same"
-ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"
-"""Beginnings of names that are paths, or ids of the Hugging Face hub."""
+ELSEWHERE = r"(?i)[/.~$]|hf::|.*\.(jsonl?|csv|parquet|txt|arrow)\b"  # paths, or ids of the Hugging Face hub
 
 
 def translate(to: Translation) -> None:
     """Verdicts of all settings but the batch and how GPUs share the work, which come before and after."""
-    for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _sampling, _schedule, _evaluation, _engine):
+    for part in (_model, _adapter, _data, _prompts, _rewards, _loss, _schedule, _evaluation, _engine):
         part(to)
     for key, target in swift_keys.SAME.items():
         values = words(to.value(key))
@@ -63,7 +58,7 @@ def _model(to: Translation) -> None:
     if sees:
         note = "taken for a model that sees images; its frozen tower gets no adapters either"
         to.same("freeze_vit", "model.freeze_vision_tower", bool(to.value("freeze_vit")), note)
-    elif to.given("freeze_vit"):
+    else:
         to.inert("freeze_vit", "taken for a text model")
     everything = to.value("tuner_type") == "full" or "all-linear" in words(to.value("target_modules"))
     if sees and everything and bool(to.value("freeze_aligner")) != bool(to.value("freeze_vit")):
@@ -92,8 +87,7 @@ def _adapter(to: Translation) -> None:
         to.converted("ref_adapters", {"model.adapter_reference": reference}, "the reference of the KL term")
     if trained or kind == "full":
         note = "the adapter's own configuration holds" if trained else "the whole model is trained"
-        for key in filter(to.given, ("tuner_type", *given)):
-            to.inert(key, note)
+        to.inert(("tuner_type", *given), note)
         return
     note = "" if kind in ("lora", "lora_llm") else f"LoRA instead of {kind}"
     if kind == "lora_llm" and not (to.value("freeze_vit") and to.value("freeze_aligner")):
@@ -118,8 +112,7 @@ def _data(to: Translation) -> None:
     mixed = {f"data.mix.{stem}_{number}": part for number, (stem, part) in enumerate(zip(stems, parts, strict=True), 1)}
     sets = mixed if len(parts) > 1 else {"data": parts[0]}
     targets = {f"{place}.{key}": value for place, part in sets.items() for key, value in part.items()}
-    title = {"data.path": "mixture"} if len(parts) > 1 else {}
-    to.converted("dataset", title | targets, _elsewhere(to, *named))
+    to.converted("dataset", {"data.path": "mixture", **targets} if parts[1:] else targets, _elsewhere(to, *named))
     to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
 
     def everywhere(key: str, name: str, value: Any, note: str = "") -> None:
@@ -147,7 +140,6 @@ def _data(to: Translation) -> None:
 
 
 def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
-    """The parts of `HF::path:subset/subset#rows` (swift/dataset/dataset_syntax.py)."""
     match = re.fullmatch(r"(?:(?i:hf|ms)::)?(?P<path>[^#:]+)(?::(?P<sets>[^#]+))?(?:#(?P<rows>\d+))?", text)
     path, subsets, rows = match.group("path", "sets", "rows") if match else (text, None, None)
     limit = {"subsample" if shuffled else "max_samples": int(rows)} if rows else {}
@@ -156,7 +148,6 @@ def _parts(text: str, shuffled: bool) -> Iterator[dict[str, Any]]:
 
 
 def _prompts(to: Translation) -> None:
-    """Lengths of prompts, and sizes of images."""
     edge = 28 if re.search(swift_keys.PATCHES_OF_28, str(to.value("model"))) else 32
     for key, target in swift_keys.PIXELS.items():
         if to.given(key):
@@ -169,14 +160,13 @@ def _prompts(to: Translation) -> None:
         note = "a prompt with an image is not cut here: it stops the run" if sees else ""
         note = note if cuts else "swift takes another row instead"
         to.converted("truncation_strategy", {"data.prompt_overflow": "left" if cuts else "filter"}, note)
-    elif to.given("truncation_strategy"):
+    else:
         to.inert("truncation_strategy", "without max_length")
     if to.value("enable_thinking") is not None:
         to.same("enable_thinking", "grpo.chat_template_kwargs", {"enable_thinking": to.value("enable_thinking")})
 
 
 def _rewards(to: Translation) -> None:
-    """Rewards by name: swift's, and those of the user's plugin, which an adapter calls."""
     names = [str(name) for name in words(to.value("reward_funcs"))]
     plugins = [str(name) for name in words(to.value("external_plugins", []))]
     settings = [key for key in {**swift_keys.DEFAULTS, **to.source.settings} if re.match(OF_REWARDS, key)]
@@ -194,7 +184,8 @@ def _rewards(to: Translation) -> None:
             read |= {*known.settings.values()}
             notes += [f"{name}: {known.note}"] if known.note else []
         elif plugins:
-            plugin = _plugin(to, plugins, name)
+            files = [(plugin, beside(to.source.path, plugin)) for plugin in plugins]
+            plugin = next((plugin for plugin, file in files if file is not None and name in text_of(file)), None)
             unsure |= plugin is None and len(plugins) > 1
             made = adapter("swift", plugin or plugins[0], name, arguments)
             to.files[made.name] = made.text
@@ -210,18 +201,11 @@ def _rewards(to: Translation) -> None:
     to.verdict("changes" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
     for key in filter(to.given, settings):
         to.converted(key, {}, "in rewards") if to.files or key in read else to.inert(key, "no reward reads it")
-    for key in filter(to.given, ("reward_weights", "external_plugins")):
-        to.converted(key, {}, "in rewards")
+    to.converted(("reward_weights", "external_plugins"), {}, "in rewards")
     if plugins and not to.files:
         to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
     elif unsure:
         to.changes("external_plugins", {}, "they are not at hand: the first is taken to register the rewards")
-
-
-def _plugin(to: Translation, plugins: list[str], name: str) -> str | None:
-    """The plugin at hand that names a reward."""
-    files = {plugin: beside(to.source.path, plugin) for plugin in plugins}
-    return next((plugin for plugin, file in files.items() if file is not None and name in text_of(file)), None)
 
 
 def _loss(to: Translation) -> None:
@@ -246,8 +230,7 @@ def _loss(to: Translation) -> None:
     if to.value("dynamic_sample"):
         rounds = max(2, to.number("max_resample_times"))
         note = f"{rounds} generations at most; where they do not suffice, swift trains on the first as it was"
-        for key in ("dynamic_sample", "max_resample_times"):
-            to.changes(key, {"resample.max_rounds": rounds}, note)
+        to.changes(("dynamic_sample", "max_resample_times"), {"resample.max_rounds": rounds}, note)
 
 
 def _same_clipping(to: Translation, kind: str, factor: int) -> None:
@@ -258,27 +241,23 @@ def _same_clipping(to: Translation, kind: str, factor: int) -> None:
         to.converted(key, {f"grpo.{key}": (to.number(key) or usual) * factor}, note, note)
 
 
-def _sampling(to: Translation) -> None:
+def _schedule(to: Translation) -> None:
     stop = [word for word in words(to.value("stop_words", [])) if word]
     if stop and to.value("use_vllm"):
         to.changes("stop_words", {"grpo.generation_kwargs": {"stop": stop}}, UNENDED)
     elif stop:
         to.dropped("stop_words", "needs grpo.use_vllm")
-
-
-def _schedule(to: Translation) -> None:
     usual = 1e-5 if to.value("tuner_type") == "full" else 1e-4
     rate, least, ratio = to.number("learning_rate") or usual, to.number("min_lr"), to.number("warmup_ratio")
     to.same("learning_rate", "grpo.learning_rate", rate)
     if ratio:
         to.converted("warmup_ratio", {"grpo.warmup_steps": ratio}, "below 1 it is a share of all steps")
-    elif to.given("warmup_ratio"):
+    else:
         to.inert("warmup_ratio", "no warm-up")
     if least:
         falls = {"grpo.lr_scheduler_type": "cosine_with_min_lr", "grpo.lr_scheduler_kwargs": {"min_lr": least}}
         targets = falls if least < rate else {"grpo.lr_scheduler_type": "constant_with_warmup"}
-        for key in ("lr_scheduler_type", "min_lr"):
-            to.converted(key, targets, f"from {rate:g} to {least:g}")
+        to.converted(("lr_scheduler_type", "min_lr"), targets, f"from {rate:g} to {least:g}")
     if to.value("lr_scheduler_type") in ("WSD", "inverse-square-root"):
         to.changes("lr_scheduler_type", {"grpo.lr_scheduler_type": "constant_with_warmup"}, "the rate stays")
     if to.given("max_steps") and to.given("num_train_epochs"):
@@ -292,9 +271,8 @@ def _evaluates(to: Translation) -> Any:
 def _evaluation(to: Translation) -> None:
     strategy = _evaluates(to)
     if strategy == "no" or not (to.value("val_dataset") or to.value("split_dataset_ratio")):
-        for key in to.source.settings:
-            if re.match(r"(per_device_eval|eval_|num_generations_eval)", key):
-                to.inert(key, "nothing is evaluated")
+        evaluating = r"(per_device_eval|eval_|num_generations_eval)"
+        to.inert([key for key in to.source.settings if re.match(evaluating, key)], "nothing is evaluated")
         return
     to.verdict("same", "eval_strategy", {"grpo.eval_strategy": strategy})
     if strategy == "steps":
@@ -306,18 +284,20 @@ def _evaluation(to: Translation) -> None:
 
 
 def _engine(to: Translation) -> None:
-    """vLLM: none, in the training process, on GPUs of its own, or a server that is there."""
     keys = [key for key in to.source.settings if key.startswith("vllm_") or key in ENGINE]
     if not (to.value("use_vllm") or to.value("use_lmdeploy")):
-        for key in keys:
-            to.inert(key, "without vLLM")
+        to.inert(keys, "without vLLM")
         return
     other = bool(to.value("use_lmdeploy"))
     key, note = ("use_lmdeploy", "vLLM instead") if other else ("use_vllm", "")
     to.verdict("speed" if other else "same", key, {"grpo.use_vllm": True}, note)
     _correction(to)
     server = to.value("vllm_mode") == "server" or to.given("vllm_server_host") or to.given("vllm_server_base_url")
-    apart = 0 if server else _own_gpus(to)
+    workers = int(to.number("num_infer_workers") or 0)  # before 3.5: GPUs beside the trainer's
+    apart = workers if to.batch is not None and workers < to.batch.ranks else 0
+    if to.given("rollout.gpus"):
+        apart = 0 if "rollout" in str(to.value("colocate_groups")) else int(to.number("rollout.gpus"))
+    apart = 0 if server else apart
     if server:
         note = "swift rollout speaks another protocol: start grpo-autotune serve, or set vllm.server_gpus"
         to.converted("vllm_mode", {"vllm.mode": "server"}, note)
@@ -334,14 +314,6 @@ def _engine(to: Translation) -> None:
     for key in keys:
         if key not in to.rows and to.value(key) is not None:
             _engine_key(to, key, at_server=server)
-
-
-def _own_gpus(to: Translation) -> int:
-    """GPUs that the engine has for itself: of Ray's group, and before 3.5 those beside the trainer's."""
-    if to.given("rollout.gpus"):
-        return 0 if "rollout" in str(to.value("colocate_groups")) else int(to.number("rollout.gpus"))
-    workers = int(to.number("num_infer_workers") or 0)
-    return workers if to.batch is not None and workers < to.batch.ranks else 0
 
 
 def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
@@ -366,7 +338,6 @@ def _engine_key(to: Translation, key: str, *, at_server: bool) -> None:
 
 
 def _correction(to: Translation) -> None:
-    """Correction for the engine's own probabilities; without it, no row."""
     prefix, mode = "grpo.vllm_importance_sampling_", str(to.value("rollout_importance_sampling_mode") or "")
     if not mode:
         to.set(f"{prefix}correction", False, "off in swift; TRL's is on, and costs a pass")
@@ -376,5 +347,5 @@ def _correction(to: Translation) -> None:
     product = "a sequence's ratio is the geometric mean of its tokens' there, and their product here"
     notes = [product] if mode.startswith("sequence") else []
     notes += ["the KL term is weighted there as well"] if to.value("beta") else []
-    for key in ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold"):
-        to.verdict("changes" if notes else "converted", key, targets, "; ".join(notes))
+    keys = ("rollout_importance_sampling_mode", "rollout_importance_sampling_threshold")
+    to.verdict("changes" if notes else "converted", keys, targets, "; ".join(notes))

@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.frameworks import accelerate, deepspeed, trl_script
-from grpo_autotune.interop.frameworks.trl_keys import HANDLERS, SHELL, Handler, listed, settle, speed
-from grpo_autotune.interop.frameworks.trl_versions import DEFAULTS, NEWEST, Version, choose, defaults
+from grpo_autotune.interop.frameworks import sharding, trl_script
+from grpo_autotune.interop.frameworks.trl_keys import (
+    DEFAULTS,
+    HANDLERS,
+    NEWEST,
+    SHELL,
+    Handler,
+    Version,
+    choose,
+    defaults,
+    listed,
+    settle,
+    speed,
+)
 from grpo_autotune.interop.source import Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import SixNumbers, Translation
 
-Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]
-"""Makes the items of `rewards`, and says what differs from the source's."""
+Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]  # items of `rewards`, and what differs
 
 MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
 """Defaults of `ModelConfig`, which a command line has, in all releases; a script has PEFT's."""
@@ -29,13 +38,12 @@ BATCH = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "steps_per_generation",
     "generation_batch_size", "num_iterations",
 )  # fmt: skip
-REWARDS: dict[str, dict[str, Any]] = {
+REWARDS: dict[str, dict[str, Any]] = {  # names of `trl grpo --reward_funcs` -> items of `rewards` (trl/scripts/grpo.py)
     **{name: {"name": name} for name in ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")},
     "get_soft_overlong_punishment": {
         "name": "soft_overlong_punishment", "params": {"max_completion_len": 1280, "soft_punish_cache": 256},
     },
 }  # fmt: skip
-"""Names of `trl grpo --reward_funcs` -> items of `rewards` (trl/scripts/grpo.py)."""
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
@@ -48,23 +56,14 @@ def translated(
     over: Mapping[str, Any] | None = None, unread: Mapping[str, str] | None = None, rewards: Rewards | None = None,
     handlers: Mapping[str, Handler] | None = None, micro: tuple[int, str] | None = None, ranks: int | None = None,
 ) -> Translation:  # fmt: skip
-    """A configuration of TRL or of a framework built on it.
-
-    Args:
-        source: What the file says.
-        release: TRL's release, as `trl_versions.choose` gives it.
-        world_size: As `Translation` has it.
-        over: Defaults of the framework over TRL's.
-        unread: Keys that the framework's trainer takes and never reads, and why; `over` has what it does instead.
-        rewards: The framework's rewards; TRL's names otherwise.
-        handlers: What the framework's own keys become, over `HANDLERS`.
-        micro: Completions per device where the framework changes their number, and how.
-        ranks: Training processes where the launcher does not tell.
-    """
+    """A configuration of TRL or of a framework on it: its defaults `over` TRL's, keys that its trainer takes and never
+    reads and why (`unread`), its `rewards`, what its own keys become (`handlers`), completions per device where it
+    changes their number and how (`micro`), and training processes where the launcher does not tell (`ranks`)."""
     number, name, why = release
-    said, over, unread = accelerate.with_launch(trl_script.unified(source)), over or {}, unread or {}
-    named = next((key for key in ("deepspeed", "accelerate_config") if "zero" in str(_given(said, key))), None)
-    said = said if named is None else deepspeed.with_file(said, said.settings.get(named), deepspeed.PREFIX)
+    said, over, unread = sharding.with_launch(trl_script.unified(source)), over or {}, unread or {}
+    files = {key: str(said.settings[key].value) for key in ("deepspeed", "accelerate_config") if key in said.settings}
+    named = next((key for key, file in files.items() if "zero" in file), None)
+    said = said if named is None else sharding.with_file(said, said.settings[named], sharding.PREFIX)
     read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
     model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
@@ -74,30 +73,22 @@ def translated(
     items, differs = (rewards or _rewards)(to)
     (to.changes if differs else to.converted)("reward_funcs", {"rewards": items}, differs or "functions by name")
     newest = defaults(NEWEST)
-    table = {**HANDLERS, "dataset_name": _data, **_of_release(number), **(handlers or {})}
+    older = {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
+    table = {**HANDLERS, "dataset_name": _data, **older, **(handlers or {})}
     for key in [*read.settings, *DEFAULTS, *over, *(() if is_script else model), "dtype"]:
         is_silent = key in ("use_peft", "use_vllm") or to.value(key) in (None, newest.get(key, NO_DEFAULT))
         if key in to.rows or (key not in read.settings and is_silent):
             continue
-        if key != named and not key.startswith((accelerate.PREFIX, "deepspeed.")):
+        if key != named and not key.startswith((sharding.LAUNCH, "deepspeed.")):
             settle(to, key, table)
     _whole(to)
-    accelerate.apply(to, adapter=bool(to.value("use_peft")))
+    sharding.apply_launch(to, adapter=bool(to.value("use_peft")))
     if named is not None:
-        deepspeed.apply(to, named, _zero(str(_given(said, named))), adapter=bool(to.value("use_peft")))
+        sharding.apply_deepspeed(to, named, _zero(files[named]), adapter=bool(to.value("use_peft")))
     to.source = said
     for key in said.settings.keys() & unread.keys():
         to.inert(key, unread[key])
     return to
-
-
-def _given(source: Source, key: str) -> Any:
-    return source.settings[key].value if key in source.settings else None
-
-
-def _of_release(number: Version) -> dict[str, Handler]:
-    """Keys that meant something else in an old release."""
-    return {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
 
 
 def _token_loss(to: Translation, key: str) -> None:
@@ -109,16 +100,14 @@ def _token_loss(to: Translation, key: str) -> None:
 
 
 KERNELS = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
-OF_RELEASE: dict[str, tuple[Version, Handler]] = {
+OF_RELEASE: dict[str, tuple[Version, Handler]] = {  # key -> the release of today's meaning, and what to do before that
     "use_liger_kernel": ((0, 28), speed(KERNELS)),
     "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
     "loss_type": ((1, 9), _token_loss),
 }
-"""Key -> the release that gave it today's meaning, and what to do before that."""
 
 
 def _whole(to: Translation) -> None:
-    """The evaluation's split, and the check that there are data and a model."""
     is_open = not to.values.keys() & {"data.eval_split", "data.split_ratio"}
     if is_open and to.values.get("grpo.eval_strategy", "no") != "no":
         if trl_script.is_script(to.source):
@@ -136,7 +125,7 @@ def _zero(path: str) -> str | dict[str, Any]:
     """DeepSpeed's plain configuration for a file that is not at hand, where its name tells the stage of ZeRO."""
     name = re.search(r"zero_?([123])[^/]*$", path)
     offload = "cpu" if "offload" in path.rpartition("/")[2] else "none"
-    return path if name is None or Path(path).is_file() else deepspeed.zero(int(name[1]), optimizer=offload)
+    return path if name is None or Path(path).is_file() else sharding.zero(int(name[1]), optimizer=offload)
 
 
 def _data(to: Translation, key: str) -> None:
@@ -147,14 +136,13 @@ def _data(to: Translation, key: str) -> None:
 
 
 def _is_code(to: Translation, key: str) -> bool:
-    """True for a setting that a Python program makes."""
     setting = to.source.settings.get(key)
     return trl_script.is_script(to.source) or (setting is not None and (setting.file or "").endswith(".py"))
 
 
 def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, usual: int | None) -> None:
     """The six numbers: TRL 0.14 counts prompts per device, 0.15 to 0.17 generate in each micro step."""
-    ranks = accelerate.processes(to) or to.number("num_processes") or usual or to.world_size
+    ranks = sharding.processes(to) or to.number("num_processes") or usual or to.world_size
     if ranks is None:
         to.warnings.append("the file does not say how many processes train: 1 is assumed (--world-size)")
     ranks = ranks or 1
@@ -173,23 +161,19 @@ def _batch(to: Translation, version: Version, changed: tuple[int, str] | None, u
     if rollout % group:
         what = f"a rollout of {rollout} completions is no whole number of groups of {group}"
         raise ConfigError(what, where=to.where("num_generations"), fix="Say how many processes train: --world-size.")
-    passes = to.number("num_iterations")
-    batch = SixNumbers(group, rollout // group, micro * ranks * accumulation, passes, ranks, micro)
+    completions, passes = micro * ranks * accumulation, to.number("num_iterations")
+    batch = SixNumbers(group, rollout // group, completions, passes, ranks, micro)
     to.set_batch(batch, [key for key in BATCH if to.given(key) or key in BATCH[:3]], "; ".join(notes))
 
 
 def _rewards(to: Translation) -> tuple[list[dict[str, Any]], str]:
-    """Items of `rewards` from names that TRL's command line knows, dotted paths, and functions of a script."""
-    names, is_code = listed(to.value("reward_funcs")), _is_code(to, "reward_funcs")
-    return weighted(to, trl_script.rewards(to, names) if is_code else [_reward(to, str(name)) for name in names]), ""
-
-
-def _reward(to: Translation, name: str) -> dict[str, Any]:
-    module, _, function = name.rpartition(".")
-    if name not in REWARDS and not module:
+    names = [str(name) for name in listed(to.value("reward_funcs"))]
+    if _is_code(to, "reward_funcs"):
+        return weighted(to, trl_script.rewards(to, names)), ""
+    if wrong := next((name for name in names if name not in REWARDS and "." not in name), None):
         fix = f"Known: {', '.join(REWARDS)}, or module.function."
-        raise ConfigError(f"TRL has no reward {name}", where=to.where("reward_funcs"), fix=fix)
-    return {"name": f"{module}:{function}", **REWARDS.get(name, {})}
+        raise ConfigError(f"TRL has no reward {wrong}", where=to.where("reward_funcs"), fix=fix)
+    return weighted(to, [REWARDS.get(name, {"name": ":".join(name.rsplit(".", 1))}) for name in names]), ""
 
 
 def weighted(to: Translation, items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,8 +1,12 @@
-"""TRL's keys one by one: most keep their meaning under their own name, in the section that holds them here; the tables
-say the rest. A key that only matters with another one (`NEEDS`) is inert without it."""
+"""The keys of TRL's GRPO from 0.14, the first release with it, to 1.16: their defaults, those that went, and verdicts.
+
+Source: the dataclasses of the wheels of all these releases, with the defaults of transformers' `TrainingArguments`
+where TRL set none at the time. A key that is older in spirit than in name is here with what the trainer did before:
+GRPO's loss of 0.14 is `grpo`. Most keys keep their meaning under their own name; the tables say the rest.
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
@@ -10,10 +14,80 @@ from grpo_autotune.config.renamed_keys import MOVED, SAID
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS, unknown
+from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
+Version = tuple[int, int]
+FIRST, NEWEST = (0, 14), (1, 16)
+
+LAST_WITH = {  # release -> the keys that it is the last to have
+    "0.17": "vllm_device vllm_dtype vllm_max_model_len vllm_enable_prefix_caching",
+    "0.26": "torch_dtype gradient_checkpointing_use_reentrant wandb_log_unique_prompts",
+    "0.27": "max_prompt_length vllm_guided_decoding_regex use_liger_loss",
+}
+
+DEFAULTS: Mapping[str, Mapping[Version, Any]] = {  # key -> release -> its default from there on; others never changed
+    "per_device_train_batch_size": {(0, 14): 1, (0, 15): 8},
+    "gradient_accumulation_steps": {(0, 14): 8, (0, 15): 1},
+    "max_prompt_length": {(0, 14): 512, (0, 26): None},
+    "max_completion_length": {(0, 14): 256, (1, 10): 512},
+    "temperature": {(0, 14): 0.9, (0, 18): 1.0},
+    "top_k": {(0, 14): 50, (0, 18): 0},
+    "beta": {(0, 14): 0.04, (0, 19): 0.0},
+    "loss_type": {(0, 14): "grpo", (0, 16): "bnpo", (0, 22): "dapo"},
+    "use_bias_correction_kl": {(0, 14): False, (1, 10): True},
+    "ref_model_mixup_alpha": {(0, 14): 0.9, (0, 16): 0.6},
+    "ref_model_sync_steps": {(0, 14): 64, (0, 16): 512},
+    "vllm_mode": {(0, 14): "device", (0, 16): "server", (1, 0): "colocate"},
+    "vllm_gpu_memory_utilization": {(0, 14): 0.9, (0, 18): 0.3},
+    "vllm_server_timeout": {(0, 14): 120.0, (0, 17): 240.0},
+    "vllm_importance_sampling_correction": {(0, 14): False, (0, 23): True},
+    "vllm_importance_sampling_mode": {(0, 14): "token_truncate", (0, 26): "sequence_mask"},
+    "vllm_importance_sampling_clip_max": {(0, 14): 2.0, (0, 26): 3.0},
+    "gradient_checkpointing": {(0, 14): False, (0, 22): True},
+    "bf16": {(0, 14): False, (0, 19): None},
+    "logging_steps": {(0, 14): 500, (0, 19): 10},
+}
+
+
+def defaults(version: Version) -> dict[str, Any]:
+    """Defaults of a release for every key of the installed `GRPOConfig`, and for those that are gone."""
+    values = {name: key.default_value() for name, key in grpo_keys().items()}
+    for name, history in DEFAULTS.items():
+        values[name] = history[max(since for since in history if since <= version)]
+    return values
+
+
+def choose(source: Source, asked: str | None, pinned: str | None = None) -> tuple[Version, str, str]:
+    """The release that a source was written for, its name, and why it is taken. ConfigError for one without GRPO."""
+    hint = source.hints.get("trl")
+    name, why = (
+        (asked, "--source-version") if asked
+        else (hint, "the version that the file installs") if hint
+        else (pinned, f"the version that {source.framework} pins") if pinned
+        else by_keys(source.settings)
+    )  # fmt: skip
+    parts = (name or "").lstrip("v").split(".")
+    if not all(part.isdecimal() for part in parts[:2]):
+        raise ConfigError(f"{name!r} is no version of TRL", where="--source-version", fix="Such as 0.17.0 or 1.16.0.")
+    version = (int(parts[0]), int(parts[1]) if parts[1:] else 0)
+    if version < FIRST:
+        raise ConfigError(f"TRL {name} has no GRPO", where=source.path.name, fix="The first that has it is 0.14.")
+    if version > NEWEST:
+        why += f"; its defaults are taken to be those of {NEWEST[0]}.{NEWEST[1]}"
+    return min(version, NEWEST), f"TRL {name}", why
+
+
+def by_keys(keys: Collection[str]) -> tuple[str, str]:
+    """The newest release that has all the keys, and the key that decides."""
+    for release, names in LAST_WITH.items():
+        if key := next((name for name in names.split() if name in keys), None):
+            return release, f"assumed: the last release with the key {key} (--source-version)"
+    return f"{NEWEST[0]}.{NEWEST[1]}", "assumed, as nothing in the file tells (--source-version)"
+
+
 Handler = Callable[[Translation, str], None]
-PLACES = {
+PLACES = {  # key -> the key path that means the same, beside `renamed_keys.MOVED` and the keys of `GRPOConfig`
     **{trl: f"vllm.{ours}" for ours, trl in VLLM_TO_TRL.items()},
     "model_name_or_path": "model.name_or_path", "attn_implementation": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code", "load_in_4bit": "model.load_in_4bit",
@@ -23,15 +97,13 @@ PLACES = {
     "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len",
     "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
 }  # fmt: skip
-"""Key -> the key path that means the same, beside `renamed_keys.MOVED` and the keys of `GRPOConfig`."""
-SPELLINGS: Mapping[str, Mapping[Any, Any]] = {
+SPELLINGS: Mapping[str, Mapping[Any, Any]] = {  # key -> a value as text -> the same as it is written here
     "scale_rewards": {"True": "group", "False": "none"}, "top_k": {"None": 0, "-1": 0},
     "eval_strategy": {"False": "no"}, "evaluation_strategy": {"False": "no"},
 }  # fmt: skip
-"""Key -> a value as text -> the same as it is written here."""
-NEEDS: tuple[tuple[str, str, Any, str], ...] = (
+NEEDS: tuple[tuple[str, str, Any, str], ...] = (  # keys, the key they need and its value, and what is said without it
     (r"(vllm_|SamplingParams\.).*|max_seq_length|gpu_memory_utilization", "use_vllm", True, "vLLM is off"),
-    (r"vllm_(server_.*|group_port)", "vllm_mode", "server", "the engine is not a server's"),
+    (r"vllm_(server_.*|group_port)", "vllm_mode", ("server",), "the engine is not a server's"),
     (r"vllm_(gpu_memory|tensor_parallel)\w+", "vllm_mode", ("colocate", "device"), "a server has its own"),
     (r"vllm_importance_sampling_(mode|cap|clip\w+)", "vllm_importance_sampling_correction", True, "no correction"),
     (r"lora_.*|use_(rslora|dora)", "use_peft", True, "without use_peft the whole model is trained"),
@@ -40,7 +112,6 @@ NEEDS: tuple[tuple[str, str, Any, str], ...] = (
     (r"bnb_4bit_\w+|use_bnb_nested_quant", "load_in_4bit", True, "4 bits are off"),
     (r"dataset_test_split", "eval_strategy", ("steps", "epoch"), "evaluation is off"),
 )
-"""Pattern of keys, the key they need and its value (true: any that is not 0), and what is said without it."""
 INERT = {
     "use_peft": "the peft section", "resume_from_checkpoint": "go on with the option --resume",
     "overwrite_output_dir": "give another folder with output.dir", "do_train": "always",
@@ -54,30 +125,23 @@ SPEED = {
     "gradient_checkpointing_use_reentrant": "the kind of checkpointing", "dataset_streaming": "data is loaded whole",
     "dataset_num_proc": "processes that prepare data",
 }  # fmt: skip
-MODEL_INIT = {
+MODEL_INIT = {  # arguments of `from_pretrained` -> key paths
     "dtype": "model.dtype", "torch_dtype": "model.dtype", "revision": "model.revision",
     "attn_implementation": "model.attn_implementation", "trust_remote_code": "model.trust_remote_code",
 }  # fmt: skip
-"""Arguments of `from_pretrained` -> key paths."""
 RUNS = "only a run of the program can tell its value: set it by hand"
 SHELL = "the shell builds it: write what it gives"
 
 
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
-    """Give a key its verdict: a need that is not met, a handler, or what its kind asks for. A key that is not known
-    gets none. ConfigError, by line, for a value that TRL refuses."""
-    missing = next((why for pattern, *need, why in NEEDS if re.fullmatch(pattern, key) and not _met(to, *need)), None)
-    usual = _published if key.startswith(("hub_", "push_to_hub")) else _plain
-    (inert(missing) if missing else handlers.get(key, usual))(to, key)
-
-
-def _met(to: Translation, needed: str, wanted: Any) -> bool:
-    value = to.value(needed)
-    return bool(value) if wanted is True else value in wanted if isinstance(wanted, tuple) else value == wanted
-
-
-def _published(to: Translation, key: str) -> None:
-    to.dropped(key, "nothing is published: push the trained folder yourself")
+    """The verdict of a key by its needs, a handler, or its kind; none if not known. ConfigError if TRL refuses it."""
+    for pattern, needed, wanted, why in NEEDS:
+        value = to.value(needed)
+        if re.fullmatch(pattern, key) and not (value if wanted is True else value in wanted):
+            return to.inert(key, why)
+    if key.startswith(("hub_", "push_to_hub")) and key not in handlers:
+        return to.dropped(key, "nothing is published: push the trained folder yourself")
+    return handlers.get(key, _plain)(to, key)
 
 
 def _plain(to: Translation, key: str) -> None:
@@ -155,9 +219,8 @@ def _mixture(to: Translation, key: str) -> None:
 
 def _warmup(to: Translation, key: str) -> None:
     if not to.number(key) or to.number("warmup_steps", 0):
-        to.inert(key, "warmup_steps wins over it" if to.number(key) else "no warm-up")
-    else:
-        to.converted(key, {"grpo.warmup_steps": to.number(key)}, "below 1 it is a share of all steps")
+        return to.inert(key, "warmup_steps wins over it" if to.number(key) else "no warm-up")
+    return to.converted(key, {"grpo.warmup_steps": to.number(key)}, "below 1 it is a share of all steps")
 
 
 def _prompt_limit(to: Translation, key: str) -> None:
@@ -206,11 +269,6 @@ def _many_turns(to: Translation, key: str) -> None:
     raise ConfigError(what, where=to.where(key), fix="Take the script itself: grpo-autotune run.")
 
 
-def _column(to: Translation, key: str) -> None:
-    column = to.value(key)
-    to.converted(key, {} if column == "prompt" else {"data.columns.prompt": column}, "the prompt's column")
-
-
 def off(why: str) -> Handler:
     """The verdict of a key that is as here where it is off, and has no equivalent where it is on."""
     return lambda to, key: to.dropped(key, why) if to.value(key) else to.inert(key, "off")
@@ -218,7 +276,7 @@ def off(why: str) -> Handler:
 
 def inert(why: str) -> Handler:
     """The verdict of a key without an effect of its own."""
-    return lambda to, key: to.inert(key, why) if to.given(key) else None
+    return lambda to, key: to.inert(key, why)
 
 
 def speed(why: str) -> Handler:
@@ -227,11 +285,7 @@ def speed(why: str) -> Handler:
 
 
 def _quantized(to: Translation, key: str) -> None:
-    """NF4 with double quantization is the one kind of 4 bits here."""
-    if to.value(key) in (True, "nf4"):
-        to.inert(key, "as here")
-    else:
-        to.changes(key, {}, SAID["bnb_4bit_quant_type"])
+    to.inert(key, "as here") if to.value(key) in (True, "nf4") else to.changes(key, {}, SAID["bnb_4bit_quant_type"])
 
 
 HANDLERS: dict[str, Handler] = {
@@ -239,7 +293,9 @@ HANDLERS: dict[str, Handler] = {
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
-    "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": _column,
+    "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": lambda to, key: to.converted(
+        key, {} if to.value(key) == "prompt" else {"data.columns.prompt": to.value(key)}, "the prompt's column"
+    ),
     "output_dir": _output, "resize": _resize, "warmup_ratio": _warmup, "max_prompt_length": _prompt_limit,
     "vllm_mode": _engine_place, "ignore_bias_buffers": off("for broken biases of old models under DDP"),
     **dict.fromkeys(MANY_TURNS, _many_turns),

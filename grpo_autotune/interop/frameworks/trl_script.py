@@ -1,8 +1,5 @@
-"""Python scripts around `GRPOTrainer`: their calls in the names of TRL's command line, and their own reward functions.
-
-A script is never imported, as that would train. Its reward functions are copied, with what they use of it, into a
-module of their own beside the configuration.
-"""
+"""Python scripts around `GRPOTrainer`: their calls in the names of TRL's command line, and their own reward functions,
+which are copied, with what they use, into a module beside the configuration: importing a script would train."""
 
 import ast
 import builtins
@@ -13,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.interop.reading import python_source
-from grpo_autotune.interop.reading.beside import beside, text_of
+from grpo_autotune.interop.reading.files import beside, text_of
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
 LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lora_task_type", "bias": "lora_bias",
         "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters"}  # fmt: skip
-NAMES: Mapping[str, Mapping[str, str]] = {
+NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names of TRL's command line
     r"(.*\.)?(LoraConfig|get_peft_model)": LORA,
     r".*\.from_pretrained": {
         "0": "model_name_or_path", "model_name": "model_name_or_path", "revision": "model_revision",
@@ -31,14 +28,11 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     r"(.*\.)?BitsAndBytesConfig": {},
     r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
-"""Call -> its arguments in the names of TRL's command line; the others keep theirs."""
-FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")
-"""Of several such calls the first counts, of others the last; what follows the trainer is for another purpose."""
+FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")  # of several such calls the first counts, else the last
 OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokenizer", "peft_config", "callbacks",
            "model", "device_map", "quantization_config", "reward_processing_classes", "optimizers")  # fmt: skip
 """Arguments that hand over what other calls made."""
-FILES = ("json", "csv", "parquet")
-"""First argument of `load_dataset` where `data_files` names the data."""
+FILES = ("json", "csv", "parquet")  # first argument of `load_dataset` where `data_files` names the data
 LIGHT = re.compile(r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))")
 """Calls that cost nothing."""
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")
@@ -78,8 +72,7 @@ def with_program(source: Source) -> Source:
 
 
 def unified(source: Source) -> Source:
-    """The source with the arguments of calls under the names of TRL's command line: of several calls of a kind those of
-    one, whole."""
+    """Arguments of calls under the names of TRL's command line: of several calls of a kind those of one."""
     groups: dict[str, dict[str, Setting]] = {}
     for key, setting in source.settings.items():
         groups.setdefault(key.rpartition(".")[0], {})[key] = setting
@@ -99,24 +92,19 @@ def unified(source: Source) -> Source:
         if trained and call.endswith("load_dataset"):
             places = [(one.file, one.line) for one in members.values()]
             is_late = not any(file == cell and line in lines for file, line in places for cell, lines in trained)
-        named = dict(_named(NAMES[kind], members))
+        named: dict[str, Setting] = {}
+        for argument, setting in ((key.rpartition(".")[2], setting) for key, setting in members.items()):
+            name = NAMES[kind].get(argument, argument)
+            is_said = not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS
+            named |= {name: setting} if is_said and not name.isdecimal() else {}
         is_of_training = call.endswith("GRPOTrainer") or not is_late
         if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):
             chosen[kind] = named
     made = {key: setting for named in chosen.values() for key, setting in named.items()}
-    return _with_options(replace(source, settings={**_from_files(made), **plain}))
-
-
-def _named(names: Mapping[str, str], members: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
-    """Arguments of a call that say something, under their names here."""
-    for key, setting in members.items():
-        name = names.get(argument := key.rpartition(".")[2], argument)
-        if not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS and not name.isdecimal():
-            yield name, setting
+    return replace(source, settings={**_from_files(made), **plain})
 
 
 def _from_files(made: dict[str, Setting]) -> dict[str, Setting]:
-    """The settings with the file that a builder of `datasets` reads, and of several splits the first."""
     split, files = made.get("dataset_train_split"), made.get("data_files")
     if split is not None and isinstance(split.value, list):
         made["dataset_train_split"] = replace(split, value=split.value[0])
@@ -152,48 +140,20 @@ def _training_data(source: Source) -> list[tuple[str | None, range]]:
     return places
 
 
-def _with_options(source: Source) -> Source:
-    """The source with the defaults of a script's own options (`args.lr`, of argparse) as values."""
-    path = program(source)
-    text = "" if path is None or not is_script(source) else text_of(path)
-    roots = re.findall(r"\b(\w+)\b[^=\n]*=.*\.parse_(?:known_)?args\(", text)
-    if path is None or not roots:
-        return source
-    script = python_source.read(path)
-    options = {
-        str(name.value).lstrip("-").replace("-", "_"): call.arguments["default"].value
-        for call in script.called(r".*\.add_argument") if "default" in call.arguments
-        for key, name in call.arguments.items() if key.isdecimal()
-    }  # fmt: skip
-    made = [call.arguments for call in script.called(r".*(from_pretrained|GRPOTrainer)")]
-    models = [given[key] for given in made for key in ("0", "model", "model_name") if key in given]
-    wanted = ({"model_name_or_path": models[0]} if models else {}) | dict(source.settings)
-    asked = {key: one for key, one in wanted.items() if one.text == one.value}
-    parts = {key: str(one.value).partition(".") for key, one in asked.items()}
-    known = {
-        key: replace(asked[key], value=options[option])
-        for key, (root, _, option) in parts.items() if root in roots and option in options
-    }  # fmt: skip
-    told = [f"{', '.join(known)}: by the defaults of the script's options, as it is not run"] if known else []
-    return replace(source, settings={**source.settings, **known}, warnings=(*source.warnings, *told))
-
-
 def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
-    """Items of `rewards` for functions of a script: TRL's own and imported ones by their module, those that the script
-    makes in a module that is written beside the configuration."""
+    """Items of `rewards` for functions of a script: imported ones by their module, its own in one that is written."""
     path = program(to.source)
     if path is None:
         return []
     script = _Functions(path)
     items, wanted = [], []
     module = re.sub(r"[\W_]+", "_", path.stem).strip("_").lower() + "_rewards"
-    for number, text in enumerate(map(str, names), 1):
-        origin, name = script.origin(text), script.made(text, f"reward_{number}")
-        if origin:
+    for text in map(str, names):
+        if origin := script.origin(text):
             items.append({"name": origin.partition(":")[2] if origin.startswith("trl.rewards") else origin})
-        elif name:
-            wanted.append(name)
-            items.append({"name": f"{module}:{name}"})
+        elif text in script.statements:
+            wanted.append(text)
+            items.append({"name": f"{module}:{text}"})
         else:
             to.warnings.append(f"{to.where('reward_funcs')}: {text} is made where only a run can tell; it is left out")
     if wanted:
@@ -205,7 +165,6 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _trees(path: Path) -> Iterator[tuple[str | None, ast.Module]]:
-    """The cells of a script or notebook."""
     return ((cell, python_source.parsed(text, path.name)[0]) for cell, text in python_source.cells(path, text_of(path)))
 
 
@@ -227,20 +186,7 @@ class _Functions:
                 return f"{parts[0]}:{parts[2]}" if parts[0] else ""
         return ""
 
-    def made(self, text: str, name: str) -> str:
-        """The name of a function of the script; of a call or a lambda, the `name` that it is given. Else empty."""
-        node = ast.parse(text, mode="eval").body
-        if isinstance(node, ast.Name):
-            return node.id if node.id in self.statements else ""
-        is_known = isinstance(node, ast.Call) and _used(node.func) <= {*self.statements}
-        if not (is_known or isinstance(node, ast.Lambda)):
-            return ""
-        self.statements[name] = ast.parse(f"{name} = {text}").body[0]
-        self.body.append(self.statements[name])
-        return name
-
     def module(self, names: list[str]) -> tuple[str, list[str]]:
-        """The text of a module with these functions and all that they use, and the names that are not to be had."""
         kept: set[int] = set()
         missing: list[str] = []
         todo, met = list(names), set(names)

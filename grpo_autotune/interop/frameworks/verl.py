@@ -1,6 +1,7 @@
 """verl: shell scripts with Hydra's overrides, and copies of its ppo_trainer.yaml.
 
-Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (from 0.8).
+Versions: 2025.3 (releases up to 0.3), 2025 (0.4), 2026.1 (0.5 to 0.7), 2026.8 (from 0.8). Defaults were read in
+verl/trainer/config at 03150d4, 4e9586a, b178a3c and 1dda039.
 """
 
 import re
@@ -11,26 +12,63 @@ from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.adapters.named import overlong_penalty
 from grpo_autotune.interop.frameworks import rollout_trainers as shared
-from grpo_autotune.interop.frameworks import verl_defaults as known
-from grpo_autotune.interop.frameworks.rollout_trainers import Keys, on, positive, refuse, unused
-from grpo_autotune.interop.frameworks.verl_defaults import ACTOR, CORRECTION, FILTER, FSDP, MODEL, OPTIM, ROLLOUT
+from grpo_autotune.interop.frameworks.rollout_trainers import on, positive, refuse, unused
+from grpo_autotune.interop.frameworks.rollout_words import keys_of, spelled
 from grpo_autotune.interop.source import Source
 from grpo_autotune.interop.translation import Translation
 
-KEYS = Keys(
-    group=f"{ROLLOUT}n", prompts="data.train_batch_size", mini=f"{ACTOR}ppo_mini_batch_size",
-    passes=f"{ACTOR}ppo_epochs", nodes="trainer.nnodes", gpus="trainer.n_gpus_per_node", low=f"{ACTOR}clip_ratio_low",
-    high=f"{ACTOR}clip_ratio_high", dual=f"{ACTOR}clip_ratio_c", warmup_steps=f"{OPTIM}lr_warmup_steps",
-    warmup_ratio=f"{OPTIM}lr_warmup_steps_ratio", schedule=f"{OPTIM}lr_scheduler_type",
-    least_rate=f"{OPTIM}min_lr_ratio", epochs="trainer.total_epochs", steps="trainer.total_training_steps",
-    save="trainer.save_freq", keep="trainer.max_actor_ckpt_to_keep", val="trainer.test_freq",
-    val_first="trainer.val_before_train", logger="trainer.logger", run="trainer.experiment_name",
-    rank=f"{MODEL}lora_rank", alpha=f"{MODEL}lora_alpha", adapted=f"{MODEL}target_modules",
-    kept_out=f"{MODEL}exclude_modules", parallel=f"{ROLLOUT}tensor_model_parallel_size", top_k=f"{ROLLOUT}top_k",
-    memory=f"{ROLLOUT}gpu_memory_utilization", longest_prompt="data.max_prompt_length",
-    longest_completion="data.max_response_length", filter_prompts="data.filter_overlong_prompts",
-    overflow="data.truncation",
+ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{name}." for name in ("actor", "model", "rollout"))
+OPTIM, FSDP = f"{ACTOR}optim.", f"{ACTOR}fsdp_config."
+CORRECTION, FILTER = "algorithm.rollout_correction.", "algorithm.filter_groups."
+LEGACY = "trainer.use_legacy_worker_impl"  # workers whose loss is the mean of a micro batch, not of the step
+
+KEYS = keys_of("verl")
+NEWEST: dict[str, Any] = spelled("verl", {  # defaults that matter
+    "data.train_files": "~/data/rlhf/gsm8k/train.parquet", "data.val_files": "~/data/rlhf/gsm8k/test.parquet",
+    "data.train_batch_size": 1024, "data.max_prompt_length": 512, "data.max_response_length": 512,
+    "data.filter_overlong_prompts": False, "data.truncation": "error", "data.shuffle": True,
+    "data.prompt_key": "prompt", "data.image_key": "images", "data.reward_fn_key": "data_source",
+    "algorithm.adv_estimator": "gae", "algorithm.norm_adv_by_std_in_grpo": True, "algorithm.use_kl_in_reward": False,
+    "algorithm.rollout_correction.rollout_is": None, "algorithm.rollout_correction.rollout_is_threshold": 2.0,
+    "model.path": "~/models/deepseek-llm-7b-chat", "model.enable_gradient_checkpointing": True, "model.lora_rank": 0,
+    "model.lora_alpha": 16, "model.target_modules": "all-linear", "actor.ppo_mini_batch_size": 256,
+    "actor.ppo_max_token_len_per_gpu": 16384, "actor.use_dynamic_bsz": False, "actor.ppo_epochs": 1,
+    "actor.clip_ratio": 0.2, "actor.clip_ratio_low": 0.2, "actor.clip_ratio_high": 0.2, "actor.clip_ratio_c": 3.0,
+    "actor.loss_agg_mode": "token-mean", "actor.policy_loss.loss_mode": "vanilla", "actor.tau_pos": 1.0,
+    "actor.tau_neg": 1.05, "actor.entropy_coeff": 0, "actor.use_kl_loss": False, "actor.kl_loss_coef": 0.001,
+    "actor.kl_loss_type": "low_var_kl", "actor.grad_clip": 1.0, "actor.fsdp_config.model_dtype": "fp32",
+    "optim.lr": 1e-6, "optim.weight_decay": 0.01, "optim.betas": [0.9, 0.999], "optim.lr_warmup_steps": -1,
+    "optim.lr_warmup_steps_ratio": 0.0, "optim.lr_scheduler_type": "constant", "optim.min_lr_ratio": 0.0,
+    "rollout.n": 1, "rollout.name": "vllm", "rollout.temperature": 1.0, "rollout.top_p": 1.0, "rollout.top_k": -1,
+    "rollout.gpu_memory_utilization": 0.5, "rollout.tensor_model_parallel_size": 2, "rollout.free_cache_engine": True,
+    "rollout.val_kwargs.n": 1, "rollout.val_kwargs.temperature": 0, "rollout.val_kwargs.do_sample": False,
+    "rollout.val_kwargs.top_p": 1.0, "rollout.val_kwargs.top_k": -1, "trainer.nnodes": 1, "trainer.n_gpus_per_node": 8,
+    "trainer.total_epochs": 30, "trainer.save_freq": -1, "trainer.test_freq": -1, "trainer.val_before_train": True,
+    "trainer.logger": ["console", "wandb"], "custom_reward_function.name": "compute_score",
+    LEGACY: "disable",
+})  # fmt: skip
+CHANGED: dict[str, dict[str, Any]] = {  # version -> defaults that differ from the newest
+    "2026.8": {},
+    "2026.1": {LEGACY: "auto"},
+    "2025": {LEGACY: "auto", f"{ROLLOUT}enforce_eager": True, f"{ROLLOUT}max_num_seqs": 1024},
+    "2025.3": {
+        LEGACY: "auto", f"{ACTOR}clip_ratio_c": None, f"{ACTOR}entropy_coeff": 1e-3, "algorithm.kl_ctrl.kl_coef": 1e-3,
+    },
+}  # fmt: skip
+RELEASES = (((0, 4), "2025.3"), ((0, 5), "2025"), ((0, 8), "2026.1"), ((99,), "2026.8"))  # first that is too new
+LOOPS = ("2026.1", "2026.8")  # versions whose agent loop fixes repetition_penalty and reads part of `val_kwargs`
+
+MARKS = (  # keys, beginnings of keys, or variables that only such a version has; the first that a file has decides
+    ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
+    ("2026.8", "trainer.use_v1 trainer.v1. reward. distillation. transfer_queue. model_engine data.audio_key "
+               "data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env."),
+    ("2026.1", f"{LEGACY} reward_manager. data.sampler. data.datagen. {ROLLOUT}skip_rollout"),
+    ("2025", f"{OPTIM}warmup_style ray_init. {ACTOR}checkpoint.contents {ROLLOUT}chat_scheduler "
+             f"reward_model.overlong_buffer. {ACTOR}ppo_micro_batch_size {ROLLOUT}log_prob_micro_batch_size "
+             "VLLM_ATTENTION_BACKEND=XFORMERS"),
+    ("2026.1", "reward_model. custom_reward_function."),
 )  # fmt: skip
+
 AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
 OLD_SCHEDULES = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
 TURNS = f"{ROLLOUT}multi_turn."
@@ -41,8 +79,7 @@ MODEL_SHARDS = (f"{ACTOR}megatron.tensor_model_parallel_size", f"{ACTOR}megatron
                 f"{ACTOR}torchtitan.tensor_parallel_size", f"{ACTOR}torchtitan.pipeline_parallel_size",
                 f"{ACTOR}engine.tp", f"{ACTOR}engine.pp")  # fmt: skip
 OLDER = "rollouts of older weights beside training: TRL takes turns"
-OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")
-"""Of verl's programs, those that train something else or in another order."""
+OTHER_PROGRAMS = re.compile(r"sft|generation|eval|prime|sppo|spin|async|distill")  # verl's, for something else
 SEVERAL_TURNS = "rollouts of several turns and tools are not read"
 SERVED = "a reward model that verl serves is not read; write a judge or service reward by hand"
 FUNCTIONS = ("reward.custom_reward_function.", "custom_reward_function.")
@@ -51,25 +88,24 @@ BUFFERS = ("reward.reward_kwargs.overlong_buffer_cfg.", "reward_model.reward_kwa
            "reward_model.overlong_buffer.", "custom_reward_function.overlong_buffer.")  # fmt: skip
 KWARGS = {"data.apply_chat_template_kwargs.": "grpo.chat_template_kwargs",
           "data.mm_processor_kwargs.": "vllm.mm_processor_kwargs"}  # fmt: skip
-REFUSED = {
+REFUSED = {  # settings that make it something else
     **dict.fromkeys((f"{TURNS}enable", f"{TURNS}tool_config_path", f"{TURNS}interaction_config_path"), SEVERAL_TURNS),
     **dict.fromkeys(("reward_model.enable", "reward.reward_model.enable"), SERVED),
     "distillation.enabled": "distillation is another loss than GRPO's",
     "algorithm.use_pf_ppo": "PF-PPO draws its batch in another way than GRPO",
 }
-"""Settings that make it something else."""
 AVERAGES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "luspo",
             "seq-mean-token-sum-norm": "dr_grpo"}  # fmt: skip
 FORMS = {"vanilla": "clip", "gspo": "clip", "cispo": "cispo", "sapo": "sapo"}
-MEGATRON_LAYERS = {"linear_qkv": "q_proj k_proj v_proj", "linear_proj": "o_proj", "linear_fc1": "gate_proj up_proj",
-                   "linear_fc2": "down_proj"}  # fmt: skip
 
 
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with verl's defaults, each with its verdict. ConfigError for what TRL cannot train."""
     name, reason = chosen(source, version)
-    defaults = {**known.NEWEST, **known.CHANGED[name], **_engine_defaults(source)}
-    t = Translation(source, defaults, name, reason, world_size)
+    places = ("model_engine", f"{ACTOR}strategy", f"{ACTOR}model_engine")
+    engines = {str(source.settings[key].value) for key in places if key in source.settings}
+    schedule = {KEYS.schedule: "cosine"} if engines & {"veomni", "automodel"} else {}  # other optimizers than FSDP's
+    t = Translation(source, {**NEWEST, **CHANGED[name], **schedule}, name, reason, world_size)
     _check(t)
     _batch(t)
     is_lora = _lora(t)
@@ -85,7 +121,11 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     scale = ("group", shared.EPSILON) if on(t.value(by_deviation)) else ("none", "")
     t.same(by_deviation, "grpo.scale_rewards", *scale)
     _correction(t)
-    _optimizer(t)
+    older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
+    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
+    shared.betas(t, f"{OPTIM}betas")
+    if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
+        t.inert(f"{OPTIM}optimizer", "AdamW")
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
     if str(t.value(f"{FSDP}dtype")) in ("float16", "fp16"):
         t.converted(f"{FSDP}dtype", {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
@@ -94,42 +134,34 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     _rewards(t)
     shared.cadence(t, KEYS, ends_early=True)
     shared.naming(t, KEYS)
-    shared.renamed(t, known.SAME)
-    shared.renamed(t, known.FAST, "speed")
+    shared.by_name(t)
     if t.value(f"{ROLLOUT}name") == "hf":
         _without_engine(t)
-    shared.explain(t, known.WORDS)
+    shared.explain(t)
     return t
 
 
 def chosen(source: Source, version: str | None) -> tuple[str, str]:
     """The row of `CHANGED` for a version, a release number or the file's own keys, and why it was taken."""
     pin = version or source.hints.get("verl")
-    if pin in known.CHANGED:
+    if pin in CHANGED:
         return str(pin), "--source-version"
     if pin:
         release = tuple(int(part) for part in re.findall(r"\d+", pin)[:2])
         if not re.fullmatch(r"v?0\.\d.*", pin):
-            fix = f"Known: {', '.join(known.CHANGED)}, or a release such as 0.7."
+            fix = f"Known: {', '.join(CHANGED)}, or a release such as 0.7."
             raise ConfigError(f"{pin!r} is no version of verl", where="--source-version", fix=fix)
-        return next(name for end, name in known.RELEASES if release < end), f"release {pin}"
+        return next(name for end, name in RELEASES if release < end), f"release {pin}"
     if (source.program or "").startswith("recipe.dapo.src"):
         return "2025.3", f"it starts {source.program}"
     variables = [f"{name}={setting.value}" for name, setting in source.environment.items()]
-    for name, marks in known.MARKS:
+    for name, marks in MARKS:
         starts = tuple(mark for mark in marks.split() if mark[-1] == ".")
         places = (*source.settings, *variables)
         mark = next((key for key in places if key in marks.split() or key.startswith(starts)), None)
         if mark is not None:
             return name, f"it has {'' if mark in variables else 'the key '}{mark}"
     return "2026.8", "assumed, as no key tells; --source-version says another"
-
-
-def _engine_defaults(source: Source) -> dict[str, Any]:
-    """The optimizer of some engines has another default than that of FSDP."""
-    places = ("model_engine", f"{ACTOR}strategy", f"{ACTOR}model_engine")
-    engines = {str(source.settings[key].value) for key in places if key in source.settings}
-    return {KEYS.schedule: "cosine"} if engines & {"veomni", "automodel"} else {}
 
 
 def _check(t: Translation) -> None:
@@ -188,7 +220,6 @@ def _is_filtering(t: Translation) -> bool:
 
 
 def _lora(t: Translation) -> bool:
-    """LoRA of FSDP, which may go on from an adapter, or Megatron's, whose layers have other names."""
     start = f"{MODEL}lora_adapter_path"
     if on(t.value(start)):
         note = "goes on from it; the reference is the base model, as in verl"
@@ -198,22 +229,14 @@ def _lora(t: Translation) -> bool:
     if not positive(t, f"{MODEL}lora.rank"):
         megatrons = shared.below(t, f"{MODEL}lora.").keys() - {"merge"}
         unused(t, (f"{MODEL}lora.{name}" for name in megatrons), "Megatron's LoRA, which is off")
-        return shared.lora(t, KEYS, t.value(KEYS.adapted))
-    names = ("rank", "alpha", "target_modules", "exclude_modules")
-    rank, alpha, adapted, out = (f"{MODEL}lora.{name}" for name in names)
-    layers = t.value(adapted) or list(MEGATRON_LAYERS)
-    modules = [name for layer in layers for name in MEGATRON_LAYERS.get(layer, layer).split()]
-    shared.renamed(t, {f"{MODEL}lora.dropout": "peft.lora_dropout"})
-    t.defaults = {alpha: 32, adapted: layers, **t.defaults}
-    return shared.lora(t, KEYS._replace(rank=rank, alpha=alpha, adapted=adapted, kept_out=out), modules)
+    return shared.lora(t, KEYS, t.value(KEYS.adapted))
 
 
 def _loss(t: Translation) -> None:
-    """Form and averaging of the loss."""
     old, mode = f"{ACTOR}use_token_level_loss", t.value(LOSS)
     key = old if t.given(old) and not t.given(AVERAGE) else AVERAGE
     average = str(t.value(AVERAGE)) if key == AVERAGE else "token-mean" if on(t.value(old)) else "seq-mean-token-mean"
-    unused(t, [known.LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
+    unused(t, [LEGACY, f"{ACTOR}loss_scale_factor"], "in the row of the averaging")
     if average not in (*AVERAGES, "token-sum"):
         refuse(t, key, f"no average of a loss like {average}", f"Read are {', '.join(AVERAGES)}.")
     if mode in ("gspo", "sapo"):
@@ -232,11 +255,10 @@ def _loss(t: Translation) -> None:
 
 
 def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
-    """TRL's `loss_type` for an averaging, and what differs."""
     assert t.batch is not None
     kind = "cispo" if is_cispo else AVERAGES.get(average, "dapo")
     source, micro = t.batch.micro_batch, t.values["grpo.per_device_train_batch_size"]
-    is_legacy = on(t.value(known.LEGACY))
+    is_legacy = on(t.value(LEGACY))
     if average == "token-mean" and not is_legacy:
         return kind, shared.uneven(t)
     if average == "token-mean":
@@ -254,7 +276,6 @@ def _average(t: Translation, average: str, is_cispo: bool) -> tuple[str, str]:
 
 
 def _correction(t: Translation) -> None:
-    """Correction of the difference between the engine's log-probs and the trainer's."""
     level, cap, old = f"{CORRECTION}rollout_is", f"{CORRECTION}rollout_is_threshold", f"{ACTOR}tis_imp_ratio_cap"
     kind, limit = t.value(level), t.value(cap)
     if positive(t, old):
@@ -269,18 +290,10 @@ def _correction(t: Translation) -> None:
     unused(t, [cap], f"{level} says it")
 
 
-def _optimizer(t: Translation) -> None:
-    older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
-    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
-    shared.betas(t, f"{OPTIM}betas")
-    if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
-        t.inert(f"{OPTIM}optimizer", "AdamW")
-
-
 def _engine(t: Translation, is_lora: bool) -> None:
     shared.engine(t, KEYS)
     name, sleep, repetition = t.value(f"{ROLLOUT}name"), f"{ROLLOUT}free_cache_engine", f"{ROLLOUT}repetition_penalty"
-    if t.version in known.LOOPS:
+    if t.version in LOOPS:
         unused(t, [repetition], "verl's agent loop samples with 1, whatever it says")
     else:
         shared.renamed(t, {repetition: "grpo.repetition_penalty"})
@@ -298,7 +311,6 @@ def _engine(t: Translation, is_lora: bool) -> None:
 
 
 def _without_engine(t: Translation) -> None:
-    """transformers' own generation in the place of vLLM."""
     t.values = {path: value for path, value in t.values.items() if not path.startswith("vllm.")}
     for key in [key for key, row in t.rows.items() if any(path.startswith("vllm.") for path in row.to)]:
         del t.rows[key]
@@ -313,7 +325,7 @@ def _data(t: Translation) -> None:
     validation = f"{ROLLOUT}val_kwargs."
     sampling = {name: (validation + name, t.value(validation + name)) for name in ("temperature", "top_p")}
     sampling["top_k"] = (f"{validation}top_k", positive(t, f"{validation}top_k"))
-    if t.version in known.LOOPS:
+    if t.version in LOOPS:
         sampling = sampling if positive(t, f"{validation}temperature") else {"temperature": sampling["temperature"]}
     elif not on(t.value(f"{validation}do_sample")):
         sampling = {"temperature": (f"{validation}do_sample", 0)}
@@ -330,7 +342,6 @@ def _data(t: Translation) -> None:
 
 
 def _rewards(t: Translation) -> None:
-    """The user's function by an adapter, or verl's own by `data_source`; and the penalty of long completions."""
     place = next((key for key in FUNCTIONS if t.value(f"{key}path")), None)
     if place:
         function = str(t.value(f"{place}name") or "compute_score")

@@ -1,17 +1,65 @@
-"""Command lines as settings: Hydra's and OmegaConf's overrides, and the options of HfArgumentParser.
+"""Command lines: the launcher's options, the program, and its arguments as settings, which are Hydra's and OmegaConf's
+overrides, or the options of HfArgumentParser.
 
 Both keep a value's type as far as its text tells: numbers, true and false, lists, mappings, and Hydra's word for None.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_autotune.interop.reading.words import Word
-from grpo_autotune.interop.source import Setting
+from grpo_autotune.interop.reading.shell import Command
+from grpo_autotune.interop.source import Setting, Word
+
+RUNNERS = re.compile(  # first words of a command that may start a training
+    r"(.*/)?(python[\d.]*|torchrun|accelerate|deepspeed|uv|srun|ray|nohup|env|exec|time|sudo|conda|poetry|mpirun|numactl"
+    r"|timeout|pdsh|xvfb-run|swift|megatron|trl|rl|llamafactory-cli)|\$.*"
+)
+PROGRAMS = re.compile(r"(.*/)?(swift|megatron|trl|llamafactory-cli|rl)|\$\(which (swift|trl)\)")
+"""Programs with a subcommand or arguments of their own, instead of a Python file or module."""
+LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
+
+
+VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command, taken apart."""
+
+    line: int
+    program: str  # `verl.trainer.main_ppo`, `src/open_r1/grpo.py`, `swift rlhf`
+    arguments: Sequence[Word]
+    options: Mapping[str, Setting]  # of torchrun, accelerate and so on
+    environment: Mapping[str, Setting]
+
+
+def launched(command: Command) -> Launch | None:
+    """The training that a command starts; None if it starts no program that may be one."""
+    words = command.words
+    if not words or not RUNNERS.fullmatch(words[0].text):
+        return None
+    for place, word in enumerate(words):
+        text, after = word.text, words[place + 1 :]
+        if text == "-m" and after and after[0].text not in LAUNCHERS:
+            return _launch(command, after[0].text, after[1:], words[:place])
+        if text.endswith(".py") and not text.startswith("-"):
+            return _launch(command, text, after, words[:place])
+        if PROGRAMS.fullmatch(text) and after and not (place and words[place - 1].text.startswith("--")):
+            name = re.sub(r".*/|\$\(which |\)", "", text)
+            return _launch(command, f"{name} {after[0].text}", after[1:], words[:place])
+    return None
+
+
+def _launch(command: Command, program: str, arguments: Sequence[Word], before: Sequence[Word]) -> Launch:
+    environment = {name: word.setting(word.text) for name, word in command.environment.items()}
+    environment |= {m[1]: word.setting(m[2], f"{m[1]}=") for word in before if (m := VARIABLE.fullmatch(word.text))}
+    given, _ = options(word for word in before if word.text not in ("--", "-m", *LAUNCHERS))
+    return Launch(command.line, program, arguments, given, environment)
+
 
 OVERRIDE = re.compile(r"(?P<how>\+\+|\+|~|)(?P<key>[A-Za-z_$][\w./@$:-]*)(?:=(?P<value>.*))?", re.DOTALL)
 NUMBER = re.compile(r"[+-]?(\d[\d_]*|(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][+-]?\d+)?)")
@@ -21,7 +69,7 @@ WORDS: Mapping[str, Any] = {"null": None, "true": True, "false": False}
 
 def overrides(words: Iterable[Word]) -> dict[str, Setting]:
     """Settings of Hydra's overrides: `a.b=c`, `+a=c`, `++a=c`, and `~a`, which leaves None. A later one wins, and a
-    mapping is taken apart into its keys. Words that are no override are left out."""
+    mapping is taken apart into its keys."""
     settings: dict[str, Setting] = {}
     for word in words:
         match = OVERRIDE.fullmatch(word.text)
@@ -40,8 +88,7 @@ def flat(key: str, setting: Setting) -> dict[str, Setting]:
 
 
 def hydra_value(text: str) -> Any:
-    """The value of an override by Hydra's grammar: quoted text, lists, mappings, numbers, true, false, its word for
-    None, else text as it stands (also where the grammar would refuse it, such as a shell's `$(nproc)`)."""
+    """The value of an override by Hydra's grammar; text as it stands where that refuses it, such as `$(nproc)`."""
     tokens = TOKEN.findall(text)
     if text[:1] not in "[{'\"" or "".join(tokens).replace(" ", "") != text.replace(" ", ""):
         return scalar(text.strip(), WORDS)
@@ -55,8 +102,7 @@ def hydra_value(text: str) -> Any:
 def _parsed(tokens: list[str]) -> Any:
     token = tokens.pop(0).strip()
     if token not in ("[", "{"):
-        quoted = token[:1] in ("'", '"')
-        return re.sub(r"\\(['\"])", r"\1", token[1:-1]) if quoted else scalar(token, WORDS)
+        return re.sub(r"\\(['\"])", r"\1", token[1:-1]) if token[:1] in ("'", '"') else scalar(token, WORDS)
     items: list[Any] = []
     while tokens[0] not in ("]", "}"):
         items.append(_parsed(tokens))

@@ -3,21 +3,65 @@
 What is not known here is kept as it is written: a command's output, and variables that nothing sets.
 """
 
+import ast
+import operator
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase, translate
+from fnmatch import fnmatchcase
+from typing import Any
 
 import tree_sitter_bash
 from tree_sitter import Language, Node, Parser
 
-from grpo_autotune.interop.reading import arithmetic, marks
-from grpo_autotune.interop.reading.words import Word
+from grpo_autotune.interop.reading import marks
+from grpo_autotune.interop.source import Word
+
+SIGNS: Mapping[type, Callable[..., Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: lambda a, b: a ** min(b, 64),
+    ast.Div: lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1),
+    ast.Mod: lambda a, b: abs(a) % abs(b) * (-1 if a < 0 else 1), ast.LShift: lambda a, b: a << b % 64,
+    ast.RShift: lambda a, b: a >> b % 64, ast.BitOr: operator.or_, ast.BitXor: operator.xor, ast.BitAnd: operator.and_,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.Gt: operator.gt, ast.LtE: operator.le,
+    ast.GtE: operator.ge, ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
+    ast.Invert: operator.invert, ast.And: lambda *values: all(values), ast.Or: lambda *values: any(values),
+}  # fmt: skip
+DEEPEST = 20
+
+
+class Unknown(Exception):
+    """An expression that only a run of the script can evaluate."""
+
+
+def evaluated(text: str, value_of: Callable[[str], str | None], depth: int = 0) -> int:
+    """The value of an expression; `value_of` a name is a text that is one again. `Unknown` if it is no number."""
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.Name(id=name) if depth < DEEPEST and (known := value_of(name)) is not None:
+                return evaluated(known, value_of, depth + 1)
+            case ast.UnaryOp(op=sign, operand=one):
+                return int(SIGNS[type(sign)](value(one)))
+            case ast.BinOp(left=one, op=sign, right=other) | ast.Compare(left=one, ops=[sign], comparators=[other]):
+                return int(SIGNS[type(sign)](value(one), value(other)))
+            case ast.BoolOp(op=sign, values=values):
+                return int(SIGNS[type(sign)](*map(value, values)))
+        raise Unknown(text)
+
+    words = re.sub(r"!(?!=)", " not ", " ".join(text.split()).replace("&&", " and ").replace("||", " or "))
+    try:
+        if not re.fullmatch(r"[\w\s()+*/%<>=!&|^~-]*", text):
+            raise Unknown(text)
+        return value(ast.parse(re.sub(r"\b0+(?=\d)", "0o", words).strip() or "0", mode="eval").body)
+    except (SyntaxError, KeyError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        raise Unknown(text) from None
+
 
 PARSER = Parser(Language(tree_sitter_bash.language()))
 ESCAPE = re.compile(r"\\(.)|\n", re.DOTALL)
-PARAMETER = re.compile(r"\$\{?([#!]?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
+PARAMETER = re.compile(r"\$\{?(#?)([A-Za-z_]\w*|\d+|[@*#?$!-])(?:\[([^\]]*)\])?(.*?)\}?", re.DOTALL)
 OPERATOR = re.compile(r":?[-=+?]|##|#|%%|%|//|/|,,|,|\^\^|\^|:")
 NAME = re.compile(r"\$\{?(\w+)\}?")
 MISSING = re.compile(marks.UNKNOWN + r"\$\{?(\w+)")
@@ -25,8 +69,7 @@ ARRAY = re.compile(r'"\$(?:\{(\w+)(\[@\])\}|\{?(@)\}?)"')
 
 
 def parsed(text: str) -> tuple[bytes, Node]:
-    """A script and its tree. The grammar does not know arithmetic everywhere (`${V:-$((a * b))}`), so the tree has a
-    plain word in the place of each."""
+    """A script and its tree, where a plain word stands for each arithmetic: the grammar does not know all."""
     source = text.rstrip("\\ \t\n").encode() + b"\n"
     masked = bytearray(source)
     for start, end in arithmetics(source.decode("latin-1")):
@@ -60,7 +103,6 @@ class Field:
     written: str | None = None
 
     def word(self) -> Word:
-        """The word as a program receives it."""
         text, missing = marks.shown(self.text), tuple(MISSING.findall(marks.plain(self.text)))
         return Word(text, marks.line_of(self.text), None if self.written == text else self.written, missing)
 
@@ -71,26 +113,19 @@ class Variables:
 
     values: dict[str, str | list[Field]] = field(default_factory=dict)
     positional: list[Field] = field(default_factory=list)
-    script: str = "script.sh"
-    called: bool = False  # in a function, where an argument that is not given is empty
     steps: int = 0
 
     def list(self, name: str) -> list[Field]:
-        """A variable as the words of an array."""
         value = self.positional if name in ("@", "*") else self.values.get(name, [])
         return value if isinstance(value, list) else [Field(value)]
 
     def text(self, name: str) -> str | None:
-        """A variable as one text, of an array its first word; None if nothing sets it."""
         if name == "#":
             return str(len(self.positional))
         if name in ("@", "*"):
             return " ".join(word.text for word in self.positional)
-        if name in ("0", "BASH_SOURCE"):
-            return self.script
         words = self.positional[int(name) - 1 : int(name)] if name.isdigit() else self.list(name)
-        empty = self.called if name.isdigit() else isinstance(self.values.get(name), list)
-        return words[0].text if words else "" if empty else None
+        return words[0].text if words else "" if isinstance(self.values.get(name), list) else None
 
 
 class Expansion:
@@ -100,19 +135,15 @@ class Expansion:
         self.source, self.variables, self.only_line = source, variables, line
 
     def line(self, byte: int) -> int:
-        """Number of the line that a byte is in."""
         return self.only_line or self.source.count(b"\n", 0, byte) + 1
 
     def raw(self, node: Node) -> str:
-        """The node as it is written."""
         return self.source[node.start_byte : node.end_byte].decode()
 
     def text(self, node: Node | None) -> str:
-        """A node as one text, as in an assignment."""
         return "" if node is None else marks.stored(self.expanded(node))
 
     def fields(self, node: Node) -> list[Field]:
-        """A node as the words it becomes."""
         raw = self.raw(node)
         array = ARRAY.fullmatch(raw)
         if array:
@@ -135,12 +166,8 @@ class Expansion:
             return marks.quoted(
                 re.sub("^|\n", lambda m: m[0] + marks.at(self.line(node.start_byte)), raw[1:-1], count=1)
             )
-        if node.type == "ansi_c_string":
-            return sign + marks.quoted(raw[2:-1].encode().decode("unicode_escape"))
         if node.type in ("string", "translated_string"):
             return marks.quoted("") + self.between(node, node.start_byte + raw.index('"') + 1, node.end_byte - 1, True)
-        if node.type == "brace_expression" and (ends := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", raw)):
-            return " ".join(map(str, range(int(ends[1]), min(int(ends[2]), int(ends[1]) + 100) + 1)))
         return self.between(node, node.start_byte, node.end_byte, quoted)
 
     def between(self, node: Node, start: int, end: int, quoted: bool) -> str:
@@ -173,21 +200,18 @@ class Expansion:
         return marks.quoted(text) if quoted and text else text
 
     def substituted(self, raw: str) -> str:
-        """Arithmetic, or a command as it is written."""
         try:
             return str(self.computed(raw[3:-2])) if raw.startswith("$((") and raw.endswith("))") else marks.kept(raw)
-        except arithmetic.Unknown:
+        except Unknown:
             return marks.kept(raw)
 
     def computed(self, expression: str) -> int:
-        """The value of an arithmetic expression, in which expansions are as in double quotes; `Unknown` if it is not
-        known."""
+        """The value of an arithmetic expression, expanded as in double quotes; `Unknown` if it is not known."""
         source, tree = parsed('x="' + expression.replace('"', "") + '"')
         text = Expansion(source, self.variables, 1).text(tree.named_children[0].child_by_field_name("value"))
-        return arithmetic.evaluate(marks.plain(text), self.operand)
+        return evaluated(marks.plain(text), self.operand)
 
     def operand(self, name: str) -> str | None:
-        """The text of a name in arithmetic."""
         text = self.variables.text(name)
         return text and marks.plain(text)
 
@@ -203,7 +227,6 @@ class Expansion:
         value = self.indexed(name, index)
         if prefix == "#" and raw.startswith("${"):
             return str(len(self.variables.list(name)) if many else len(marks.shown(value or "")))
-        value = self.variables.text(marks.plain(value or "")) if prefix == "!" else value
         set_ = value is not None and bool(marks.plain(value) or not rest.startswith(":"))
         kind = sign[0][-1] if sign and sign[0].lstrip(":") in tuple("-=+?") else ""
         if kind in tuple("-=+") and sign is not None and set_ == (kind == "+"):
@@ -217,7 +240,7 @@ class Expansion:
         if value is None:
             return "" if many else marks.kept(raw)
         if many:
-            texts = [word.text for word in self.sliced(name, rest)]
+            texts = [word.text for word in self.variables.list(name)]
             apart = quoted and index != "*"
             joined = " ".join(map(marks.quoted, texts) if apart else texts)
             return marks.quoted(joined) if quoted and not apart else joined
@@ -225,66 +248,30 @@ class Expansion:
         return marks.kept(raw) if text is None else marks.quoted(text) if quoted else text
 
     def indexed(self, name: str, index: str | None) -> str | None:
-        """A variable, or a word of an array; None if nothing sets it."""
         if index in ("@", "*") or name in ("@", "*"):
             return " ".join(word.text for word in self.variables.list(name)) or None
         if index is None:
             return self.variables.text(name)
-        member = self.variables.values.get(f"{name}[{self.filled(index)}]")
-        if isinstance(member, str):
-            return member
         try:
             return self.variables.list(name)[self.computed(index)].text
-        except (arithmetic.Unknown, IndexError):
-            return self.variables.text(name) if name == "BASH_SOURCE" else None
+        except (Unknown, IndexError):
+            return None
 
     def filled(self, text: str) -> str:
-        """A text with the values of its variables."""
         return NAME.sub(lambda match: marks.plain(self.variables.text(match[1]) or ""), text)
 
-    def put(self, name: str, index: str | None, text: str) -> None:
-        """Set a variable, or a word of an array: by number in it, by any other index as a variable of its own."""
-        words = self.variables.list(name)
-        with suppress(arithmetic.Unknown):
-            if index is not None and 0 <= (place := self.computed(index)) <= len(words):
-                self.variables.values[name] = [*words[:place], Field(text), *words[place + 1 :]]
-                return
-        self.variables.values[name if index is None else f"{name}[{self.filled(index)}]"] = text
-
-    def sliced(self, name: str, rest: str) -> list[Field]:
-        words = self.variables.list(name)
-        if not (bounds := re.fullmatch(r":\s*(\d+)(?::(\d+))?", rest)):
-            return words
-        start = max(0, int(bounds[1]) - (name == "@"))
-        return words[start : start + int(bounds[2]) if bounds[2] else None]
-
     def changed(self, value: str, sign: str, rest: str) -> str | None:
-        """A value by `#`, `%`, `/`, `,`, `^` or `:`; None where only a run can tell."""
-        text = marks.plain(value)
-        pattern = re.sub("[\"']", "", self.filled(rest)).replace("\\/", "\0")
-        pattern, _, to = pattern.partition("/" if sign[0] == "/" else "\0\0")
-        pattern, to = (re.sub(r"\\(?=.)", "", part).replace("\0", "/") for part in (pattern, to))
+        """A value by `#`, `%`, `,` or `^`; None where only a run can tell."""
+        text, pattern = marks.plain(value), re.sub(r"[\"']|\\(?=.)", "", self.filled(rest))
         if marks.is_unknown(text) or marks.is_unknown(pattern):
             return None
         if sign[0] in "#%":
-            return _trimmed(text, sign, pattern)
-        if sign[0] == "/":
-            start, end = pattern[:1] == "#", pattern[:1] == "%"
-            wanted = re.sub(r"\\[zZ]$", "", translate(pattern[start or end :]))
-            return re.sub("^" * start + wanted + "$" * end, lambda _: to, text, count=int(sign == "/"))
+            front, cuts = sign[0] == "#", range(len(text) + 1)
+            cuts = cuts if sign in ("#", "%%") else cuts[::-1]
+            fits = (cut for cut in cuts if fnmatchcase(text[:cut] if front else text[cut:], pattern))
+            cut = next(fits, 0 if front else len(text))
+            return text[cut:] if front else text[:cut]
         if sign[0] in ",^":
             change = str.lower if sign[0] == "," else str.upper
             return change(text) if len(sign) == 2 else change(text[:1]) + text[1:]
-        bounds = [part.strip() for part in pattern.split(":")]
-        if not all(re.fullmatch(r"-?\d+", part) for part in bounds):
-            return None
-        begin = int(bounds[0])
-        return text[begin:][: int(bounds[1])] if len(bounds) > 1 else text[begin:]
-
-
-def _trimmed(text: str, sign: str, pattern: str) -> str:
-    """The text without the shortest or longest beginning or end that matches."""
-    cuts = list(range(len(text) + 1)) if sign in ("#", "%%") else list(range(len(text), -1, -1))
-    front = sign[0] == "#"
-    cut = next((cut for cut in cuts if fnmatchcase(text[:cut] if front else text[cut:], pattern)), None)
-    return text if cut is None else text[cut:] if front else text[:cut]
+        return None

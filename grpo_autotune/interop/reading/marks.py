@@ -1,8 +1,5 @@
-"""Signs inside the texts that a shell script is evaluated to: the line each part is written on, white space that does
-not split a word, and what a run alone can tell.
-
-They are characters of Unicode's private use, so that texts are joined, split and compared as they are in the shell.
-"""
+"""Signs inside the texts that a shell script is evaluated to, of Unicode's private use: the line each part is written
+on, white space that does not split a word, and what a run alone can tell."""
 
 import re
 from collections.abc import Iterator

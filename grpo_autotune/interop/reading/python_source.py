@@ -1,7 +1,6 @@
 """Python scripts and notebooks, read and never run: the arguments of the calls that configure a training.
 
-An argument's value is a literal, or simple arithmetic on literals and on names that one was assigned to; of anything
-else the source text is kept, as value and as text of its `Setting`.
+A value is a literal, or simple arithmetic on literals and on names that one was assigned to; else the source text.
 """
 
 import ast
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.reading.beside import text_of
+from grpo_autotune.interop.reading.files import text_of
 from grpo_autotune.interop.source import Setting
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
@@ -50,7 +49,6 @@ class Script:
     warnings: list[str] = field(default_factory=list)
 
     def called(self, pattern: str) -> list[Call]:
-        """Calls whose whole name matches a regular expression, in the order of their lines."""
         return [call for call in self.calls if re.fullmatch(pattern, call.name)]
 
 
@@ -99,12 +97,10 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
         raise ConfigError("this is no notebook", where=path.name) from None
     for number, source in enumerate(sources, 1):
         if not re.match(r"%%(bash|sh|writefile|html|javascript|script)", source):
-            yield f"cell {number:0{len(str(len(sources)))}}", MAGIC.sub(_blank, source)
-
-
-def _blank(magic: re.Match[str]) -> str:
-    """A statement that does nothing, and as many lines as the notebook's command."""
-    return f"{magic[1]}pass" + "\n" * magic[0].count("\n")
+            yield (
+                f"cell {number:0{len(str(len(sources)))}}",
+                MAGIC.sub(lambda m: f"{m[1]}pass" + "\n" * m[0].count("\n"), source),
+            )
 
 
 class Unknown(str):
@@ -133,31 +129,37 @@ class _Reader(ast.NodeVisitor):
         self.visit_Assign(node)
 
     def visit_If(self, node: ast.If) -> None:
-        """The branch that is taken; where that is not known both, and a name that they leave different is unknown."""
+        """The branch that is taken; where that is not known both, and the names that they set are unknown."""
         test = self.value(node.test)
         self.visit(node.test)
-        before, ends = dict(self.names), list[dict[str, Any]]()
-        for branch in (node.body, node.orelse) if isinstance(test, Unknown) else (node.body if test else node.orelse,):
-            self.names.clear()
-            self.names |= before
-            for statement in branch:
-                self.visit(statement)
-            ends.append(dict(self.names))
-        self.names |= {name: _either(value, ends[-1].get(name, value), name) for name, value in ends[0].items()}
+        for statement in (
+            [*node.body, *node.orelse] if isinstance(test, Unknown) else node.body if test else node.orelse
+        ):
+            self.visit(statement)
+        if isinstance(test, Unknown):
+            self.forget(*(part for one in ast.walk(node) if isinstance(one, ast.Assign) for part in one.targets))
+
+    def forget(self, *nodes: ast.AST) -> None:
+        """Names and arguments of a tree are not known from here on."""
+        parts = [part for node in nodes for part in ast.walk(node)]
+        names = [
+            part.id if isinstance(part, ast.Name) else part.arg
+            for part in parts
+            if isinstance(part, ast.Name | ast.arg)
+        ]
+        self.names |= {name: Unknown(name) for name in names}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """A function: its arguments are not known, and its names are its own."""
-        outer = self.names
-        self.names = outer | {part.arg: Unknown(part.arg) for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        outer, self.names = self.names, dict(self.names)
+        self.forget(node.args)
         self.generic_visit(node)
         self.names = outer
 
     def visit_For(self, node: ast.For) -> None:
-        self.names |= {part.id: Unknown(part.id) for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        self.forget(node.target)
         self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.generic_visit(node)
         self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
@@ -198,7 +200,6 @@ class _Reader(ast.NodeVisitor):
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
 
     def setting(self, node: ast.expr) -> Setting:
-        """A value, and its source text unless that says the same."""
         written: str | None = ast.unparse(node)
         with suppress(*WRONG):
             written = written if ast.literal_eval(node) is ... else None
@@ -227,14 +228,12 @@ class _Reader(ast.NodeVisitor):
         return node.value if isinstance(node, ast.Constant) else unknown
 
     def given(self, name: str, unknown: Unknown) -> Any:
-        """A name that the script leaves open, by the environment."""
         text = self.environment.get(name)
         with suppress(*WRONG, SyntaxError):
             return unknown if text is None else ast.literal_eval(text)
         return text
 
     def called(self, node: ast.Call, unknown: Unknown) -> Any:
-        """Value of `dict(...)`, `int(...)`, `float(...)`, `str(...)`, and of a variable of the environment."""
         name, given = ast.unparse(node.func), [self.value(argument) for argument in node.args]
         if name == "dict" and not given:
             return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
@@ -249,15 +248,7 @@ class _Reader(ast.NodeVisitor):
         return unknown
 
 
-def _either(one: Any, other: Any, name: str) -> Any:
-    """The value of a name, or of each key of its mapping, that two branches give it."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {key: _either(one.get(key, ...), other.get(key, ...), str(key)) for key in one | other}
-    return one if one == other else Unknown(name)
-
-
 def _plain(value: Any) -> Any:
-    """The value with the text of what is not known in it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     plain = str(value) if isinstance(value, str) else value

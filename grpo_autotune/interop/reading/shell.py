@@ -1,25 +1,25 @@
 """Shell scripts, evaluated in a safe subset of bash and never run: the commands that a script would start.
 
-Variables, arrays, arithmetic, `case`, `if`, `for`, functions and here-documents are followed; no command is. Where a
-branch depends on the machine, it is the one of a machine with NVIDIA GPUs.
+Variables, arrays, arithmetic, `case`, `if`, `for`, `while` and here-documents are followed, and functions once, where
+they are defined; no command is. Where a branch depends on the machine, it is that of a machine with NVIDIA GPUs.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from tree_sitter import Node
 
 from grpo_autotune.interop.reading import marks
-from grpo_autotune.interop.reading.cut import cut_commands, within
-from grpo_autotune.interop.reading.expansion import Expansion, Field, Variables, parsed
-from grpo_autotune.interop.reading.truth import NVIDIA, Truth, parts, shorter
-from grpo_autotune.interop.reading.words import Word
+from grpo_autotune.interop.reading.expansion import Expansion, Field, Unknown, Variables, evaluated, parsed
+from grpo_autotune.interop.source import Word
 
-LONGEST_VALUE = 1_000_000
-MOST_TURNS, MOST_STEPS, DEEPEST = 100, 20_000, 20
-MEMBER = re.compile(r"\W*\[([^\]]+)\]=(.*)", re.DOTALL)
+NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
+NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
+JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
+LONGEST_VALUE, MOST_TURNS, MOST_STEPS, DEEPEST = 1_000_000, 100, 20_000, 20
 
 
 @dataclass(frozen=True)
@@ -44,37 +44,24 @@ class _Ended(Exception):
     """The script ends here."""
 
 
-class _Returned(Exception):
-    """The function ends here."""
-
-
-class _Left(Exception):
-    """This turn of a loop ends here; with "break" the loop."""
-
-
-def evaluate(text: str, name: str = "script.sh", environment: Mapping[str, str] | None = None) -> Shell:
-    """The commands of a script. `environment` is what it is started with: variables, and its arguments by number
-    ("1"), which fill what the script leaves to them, as in bash."""
+def evaluate(text: str, environment: Mapping[str, str] | None = None) -> Shell:
+    """The commands of a script; `environment` is what it is started with: variables, and its arguments by number."""
     given = dict(environment or {})
     last = max((int(key) for key in given if key.isdigit()), default=0)
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
-    evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional, name))
+    evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional))
     evaluation.exported |= given.keys()
-    with suppress(_Ended, _Returned, _Left):
+    with suppress(_Ended):
         evaluation.run(evaluation.tree)
     evaluation.result.warnings[:0] = cut_commands(text, evaluation.tree)
     return evaluation.result
 
 
 class _Evaluation:
-    """One script on its way."""
-
     def __init__(self, text: str, variables: Variables, line: int | None = None) -> None:
         source, self.tree = parsed(text)
         self.variables, self.expand = variables, Expansion(source, variables, line)
-        self.truth = Truth(self.expand, self.warn)
-        self.result, self.exported, self.functions, self.depth = Shell(), set[str](), dict[str, Node](), 0
-        self.local = set[str]()  # names of a function's own variables
+        self.result, self.exported, self.depth = Shell(), set[str](), 0
         for error in [node for node in within(self.tree) if node.type == "ERROR"][:1]:
             self.warn(error, "this shell is not understood; what follows may be read wrongly")
 
@@ -107,30 +94,20 @@ class _Evaluation:
             items = [item for item in value.named_children if item.type != "comment"]
             words = [word for item in items for word in self.expand.fields(item)]
             self.variables.values[key] = [*(self.variables.list(key) if adds else []), *words]
-            for match in filter(None, (MEMBER.fullmatch(marks.shown(word.text)) for word in words)):
-                self.variables.values[f"{key}[{match[1]}]"] = match[2]
         elif name is not None:
-            index = name.child_by_field_name("index")
-            written = None if index is None else self.expand.raw(index)
-            before = self.expand.indexed(key, written) if adds else None
-            self.expand.put(key, written, (before or "") + self.expand.text(value))
+            before = self.variables.text(key) if adds else None
+            self.variables.values[key] = (before or "") + self.expand.text(value)
         if len(self.variables.values.get(key, "")) > LONGEST_VALUE:
             self.warn(node, f"{key} grows without end; nothing is read from here on")
             raise _Ended
         return True
 
     def declaration(self, node: Node) -> bool:
-        kind = node.children[0].type
         for child in node.named_children:
-            name = re.split(r"\W", self.expand.raw(child))[0]
-            if kind in ("local", "declare", "typeset"):
-                self.local.add(name)
             if child.type == "variable_assignment":
                 self.assignment(child)
-            elif kind == "local":
-                self.variables.values.pop(name, None)
-            if kind == "export":
-                self.exported.add(name)
+            if node.children[0].type == "export":
+                self.exported.add(re.split(r"\W", self.expand.raw(child))[0])
         return True
 
     def command(self, node: Node) -> bool | None:
@@ -140,10 +117,10 @@ class _Evaluation:
             return True
         if texts[0] in BUILTINS:
             return BUILTINS[texts[0]](self, node, words[1:])
-        if script := _inner_script(texts):
-            return self.inside(script, self.expand.line(node.start_byte))
-        if texts[0] in self.functions:
-            return self.called(self.functions[texts[0]], words[1:])
+        if (script := _inner_script(texts)) and self.depth < DEEPEST:
+            inner = _Evaluation(script, self.variables, self.expand.line(node.start_byte))
+            inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
+            return inner.run(inner.tree)
         values = {key: self.variables.text(key) for key in self.exported}
         for child in node.named_children:
             if child.type == "variable_assignment":
@@ -153,36 +130,6 @@ class _Evaluation:
         self.result.commands.append(Command([w.word() for w in words], given, self.expand.line(node.start_byte)))
         return True
 
-    def called(self, body: Node, words: list[Field]) -> bool | None:
-        """A function, with its own arguments."""
-        if self.depth == DEEPEST:
-            return None
-        outer, before = (self.variables.positional, self.variables.called, self.local), dict(self.variables.values)
-        self.variables.positional, self.variables.called, self.local = words, True, set()
-        self.depth += 1
-        try:
-            return self.run(body)
-        except _Returned:
-            return True
-        finally:
-            for name in self.local:
-                self.variables.values.pop(name, None)
-            self.variables.values |= {name: before[name] for name in self.local & before.keys()}
-            self.variables.positional, self.variables.called, self.local = outer
-            self.depth -= 1
-
-    def inside(self, script: str, line: int) -> bool | None:
-        """A script in a text: of `eval` or `bash -c`."""
-        inner = _Evaluation(script, self.variables, line)
-        inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
-        return inner.run(inner.tree) if self.depth < DEEPEST else None
-
-    def defined(self, node: Node) -> bool:
-        name, body = node.child_by_field_name("name"), node.child_by_field_name("body")
-        if name is not None and body is not None:
-            self.functions[self.expand.raw(name)] = body
-        return True
-
     def ended(self, node: Node, words: list[Field]) -> bool:
         """`exit`: at the top the script ends; a branch may not be the one that is taken, and is read on."""
         if node.parent is not None and node.parent.type == "program":
@@ -190,26 +137,13 @@ class _Evaluation:
         self.warn(node, "the script may end here; it is read on")
         return False
 
-    def returned(self, node: Node, words: list[Field]) -> bool:
-        raise _Returned
-
     def shifted(self, node: Node, words: list[Field]) -> bool:
         count = marks.plain(words[0].text) if words else "1"
         del self.variables.positional[: int(count) if count.isdigit() else 1]
         return True
 
-    def set(self, node: Node, words: list[Field]) -> bool:
-        if words and marks.plain(words[0].text) == "--":
-            self.variables.positional = words[1:]
-        return True
-
     def sourced(self, node: Node, words: list[Field]) -> bool:
         self.warn(node, f"`{shorter(self.expand.raw(node))}` is not read")
-        return True
-
-    def unset(self, node: Node) -> bool:
-        for child in node.named_children:
-            self.variables.values.pop(self.expand.raw(child), None)
         return True
 
     def redirected(self, node: Node) -> bool | None:
@@ -230,12 +164,7 @@ class _Evaluation:
         wanted = any(child.type == "&&" for child in node.children)
         return self.run(node.named_children[-1]) if bool(state) == wanted else state
 
-    def negated(self, node: Node) -> bool | None:
-        state = self.run(node.named_children[-1])
-        return None if state is None else not state
-
     def branch(self, node: Node) -> bool | None:
-        """`if`, with `elif` and `else`."""
         for conditions, body in _clauses(node):
             if not conditions or self.holds(conditions):
                 return self.each(body)
@@ -252,22 +181,20 @@ class _Evaluation:
         return guess
 
     def test(self, node: Node) -> bool | None:
-        """`[ ... ]`, `[[ ... ]]`, `(( ... ))`; other groups are followed."""
         if node.children[0].type == "((":
-            return self.truth.counted(self.expand.raw(node)[2:-2])
+            return self.counted(self.expand.raw(node)[2:-2])
         if node.type != "test_command":
             return self.each(node.named_children)
-        return self.truth.of([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
+        return self.truth([part for child in node.children[1:-1] for part in parts(child)], node.children[0].type)
 
     def case(self, node: Node) -> bool | None:
-        """`case`: the first pattern that fits; an unknown variable is from then on what it was taken as."""
         subject = node.named_children[0]
         text = marks.plain(self.expand.text(subject))
         for item in [child for child in node.named_children if child.type == "case_item"]:
             patterns = [marks.plain(self.expand.text(value)) for value in _fields(item, "value")]
             if marks.is_unknown(text):
                 patterns = [pattern for pattern in patterns if NVIDIA.fullmatch(pattern)]
-            fits = [pattern for pattern in patterns if self.truth.alike(subject, text, pattern)]
+            fits = [pattern for pattern in patterns if self.alike(subject, text, pattern)]
             if fits and marks.is_unknown(text):
                 self.variables.values[re.sub(r"\W", "", self.expand.raw(subject))] = fits[0]
             if fits:
@@ -280,13 +207,9 @@ class _Evaluation:
         for _, state in zip(range(MOST_TURNS if body else 0), self.conditions(node), strict=False):
             if state is None:
                 self.warn(node, f"a loop (`{shorter(self.expand.raw(node))}`) is followed once")
-            if state is False:
-                break
-            try:
+            if state is not False:
                 self.each([body] if body else [])
-            except _Left as left:
-                state = None if left.args[0] == "break" else state
-            if state is None:
+            if not state:
                 break
         return True
 
@@ -297,47 +220,82 @@ class _Evaluation:
             for word in [word for value in _fields(node, "value") for word in self.expand.fields(value)]:
                 self.variables.values |= {self.expand.raw(name): word.text for name in _fields(node, "variable")}
                 yield True
-        elif node.type == "c_style_for_statement":
-            start, goes_on, then, *_ = [*text.partition("((")[2].partition("))")[0].split(";"), "", ""]
-            self.truth.counted(start)
-            while True:
-                yield self.truth.counted(goes_on) if goes_on.strip() else None
-                self.truth.counted(then)
         while node.type == "while_statement":
             state = self.run(node.named_children[0])
             known = self.expand.raw(node.named_children[0]).startswith(TESTS[:-2]) and state is not None
             yield state == text.startswith("while") if known else None
 
-    def left(self, node: Node, words: list[Field]) -> bool:
-        """`break` and `continue`."""
-        raise _Left(self.expand.raw(node).split()[0])
+    def truth(self, nodes: list[Node], bracket: str = "[") -> bool | None:
+        """The truth of a test's words; in `[[` texts compare with patterns."""
+        signs = [self.expand.raw(node) for node in nodes]
+        for joints, decides in JOINTS:
+            level = (
+                n for n, sign in enumerate(signs) if signs[:n].count("(") == signs[:n].count(")") and sign in joints
+            )
+            if (place := next(level, None)) is not None:
+                state = self.truth(nodes[:place], bracket)
+                return state if bool(state) == decides else self.truth(nodes[place + 1 :], bracket)
+        if signs[:1] == ["!"]:
+            state = self.truth(nodes[1:], bracket)
+            return None if state is None else not state
+        if signs[:1] == ["("]:
+            return self.truth(nodes[1:-1], bracket)
+        if len(nodes) == 2:
+            return {"-z": not self.tested(nodes[1]), "-n": bool(self.tested(nodes[1]))}.get(signs[0])
+        if len(nodes) > 2:
+            return self.compared(nodes, signs[1], bracket == "[[")
+        return bool(nodes and self.tested(nodes[0]))
 
-    def subshell(self, node: Node) -> bool | None:
-        outer, self.variables.values = self.variables.values, dict(self.variables.values)
-        try:
-            return self.each(node.named_children)
-        finally:
-            self.variables.values = outer
+    def compared(self, nodes: list[Node], sign: str, pattern: bool) -> bool | None:
+        left, right = self.tested(nodes[0]), "".join(self.tested(node) for node in nodes[2:])
+        if sign in ("=", "==", "!="):
+            return self.alike(nodes[0], left, right, pattern) == (sign != "!=")
+        if sign == "=~":
+            with suppress(re.error):
+                return None if marks.is_unknown(left + right) else bool(re.search(self.expand.raw(nodes[2]), left))
+        with suppress(Unknown, KeyError):
+            return bool(evaluated(f"({left or 0}){NUMBERS[sign]}({right or 0})", self.expand.operand))
+        return None
+
+    def counted(self, expression: str) -> bool | None:
+        """True unless an arithmetic expression is 0; None if it is not known."""
+        with suppress(Unknown):
+            return bool(self.expand.computed(expression))
+        return None
+
+    def tested(self, node: Node) -> str:
+        """A text in a test: nothing for a variable that nothing sets."""
+        text, raw = marks.plain(self.expand.text(node)), self.expand.raw(node).strip("\"'")
+        unset = marks.is_unknown(text) and marks.shown(text) == raw and re.fullmatch(r"\$\w+|\$\{\w+\}", raw)
+        return "" if unset else text
+
+    def alike(self, node: Node, left: str, right: str, pattern: bool = True) -> bool:
+        """True if a text is another; one that only a run can tell is taken as that of NVIDIA's GPUs."""
+        if not marks.is_unknown(left):
+            return fnmatchcase(left, right) if pattern else left == right
+        same = bool(NVIDIA.fullmatch(right))
+        taken = right if same else f"not {right}"
+        self.warn(node, f"`{shorter(self.expand.raw(node))}` depends on the machine: taken as {taken}")
+        return same
 
 
 HANDLERS: Mapping[str, Callable[[_Evaluation, Node], bool | None]] = {
     "variable_assignment": _Evaluation.assignment, "declaration_command": _Evaluation.declaration,
-    "command": _Evaluation.command, "function_definition": _Evaluation.defined, "unset_command": _Evaluation.unset,
-    "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain, "negated_command": _Evaluation.negated,
+    "command": _Evaluation.command,
+    "redirected_statement": _Evaluation.redirected, "list": _Evaluation.chain,
+    "negated_command": lambda self, node: {None: None, True: False, False: True}[self.run(node.named_children[-1])],
+
     "if_statement": _Evaluation.branch, "test_command": _Evaluation.test, "case_statement": _Evaluation.case,
-    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "subshell": _Evaluation.subshell,
-    "c_style_for_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
+    "for_statement": _Evaluation.loop, "while_statement": _Evaluation.loop, "compound_statement": _Evaluation.test,
     "comment": lambda none, node: True,
 }  # fmt: skip
 BUILTINS: Mapping[str, Callable[[_Evaluation, Node, list[Field]], bool | None]] = {
-    "exit": _Evaluation.ended, "return": _Evaluation.returned, "shift": _Evaluation.shifted, "set": _Evaluation.set,
-    "source": _Evaluation.sourced, ".": _Evaluation.sourced, "true": lambda *none: True, "false": lambda *none: False,
-    ":": lambda *none: True, "break": _Evaluation.left, "continue": _Evaluation.left,
-    "test": lambda self, node, words: self.truth.of(_fields(node, "argument")),
-    "let": lambda self, node, words: [self.truth.counted(marks.plain(word.text)) for word in words][-1:] == [True],
+    **dict.fromkeys(("true", ":", "set", "return", "break", "continue"), lambda *none: True),
+    "exit": _Evaluation.ended, "shift": _Evaluation.shifted, "source": _Evaluation.sourced, ".": _Evaluation.sourced,
+    "false": lambda *none: False,
+    "test": lambda self, node, words: self.truth(_fields(node, "argument")),
 }  # fmt: skip
-TESTS = ("[", "((", "! [", "test ", "true", "false")
-"""Beginnings of a condition that is evaluated, and not guessed."""
+TESTS = ("[", "((", "! [", "test ", "true", "false")  # beginnings of a condition that is evaluated, and not guessed
 
 
 def _fields(node: Node, *names: str) -> list[Node]:
@@ -345,7 +303,6 @@ def _fields(node: Node, *names: str) -> list[Node]:
 
 
 def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
-    """Conditions and statements of each branch of an `if`; `else` has no condition."""
     clauses: list[tuple[list[Node], list[Node]]] = []
     part = 0
     for child in node.children:
@@ -359,8 +316,50 @@ def _clauses(node: Node) -> list[tuple[list[Node], list[Node]]]:
 
 
 def _inner_script(words: list[str]) -> str | None:
-    """The script that `eval` or `bash -c` is given."""
     if words[0] == "eval":
         return " ".join(words[1:])
     shells = (place for place, word in enumerate(words[:-2]) if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word))
     return next((words[place + 2] for place in shells if re.fullmatch(r"-\w*c", words[place + 1])), None)
+
+
+ARGUMENT = re.compile(r"\s*(-{1,2}[A-Za-z][\w-]*|[+~]{0,2}[\w./@-]+(?==)|\"?\$[\w{@])")
+
+
+def within(node: Node) -> Iterator[Node]:
+    """A node and all below it."""
+    yield node
+    for child in node.children:
+        yield from within(child)
+
+
+def cut_commands(text: str, tree: Node) -> list[str]:
+    """Warnings of commands that a comment, or a space behind a backslash, cuts before their end."""
+    lines, warnings = text.splitlines(), []
+    source = text.encode()
+    comments = {source.count(b"\n", 0, node.start_byte) for node in within(tree) if node.type == "comment"}
+    for number in range(len(lines)):
+        after_more = number > 0 and lines[number - 1].endswith("\\") and number - 1 not in comments
+        alone = number in comments and lines[number].lstrip().startswith("#")
+        comment = alone and after_more
+        if not comment and (alone or not re.search(r"(^|[^\\])\\[ \t]+(#.*)?$", lines[number])):
+            continue
+        start = next((n for n in range(number + 1, len(lines)) if n not in comments), len(lines))
+        end = next((n for n in range(start, len(lines)) if not lines[n].endswith("\\")), len(lines) - 1)
+        if names := [match[1] for lost in lines[start : end + 1] if (match := ARGUMENT.match(lost))]:
+            what = "a comment" if comment else "a space behind the backslash"
+            lost = f"lines {start + 1} to {end + 1} are not passed to it ({', '.join(names)})"
+            warnings.append(f"line {number + 1}: {what} ends the command here; {lost}")
+    return warnings
+
+
+def parts(node: Node) -> list[Node]:
+    """The words of a test."""
+    if node.type not in ("binary_expression", "unary_expression", "parenthesized_expression"):
+        return [node]
+    return [part for child in node.children for part in parts(child)]
+
+
+def shorter(text: str, most: int = 60) -> str:
+    """The text on one line, for a warning."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."

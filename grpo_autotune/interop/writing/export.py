@@ -5,8 +5,10 @@ rollout are kept as they were tuned, in the units and for the processes of the s
 the edited text again: the key has to have its value, and no other key may have another one than before.
 """
 
+import difflib
 import os
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +18,17 @@ from pydantic import ValidationError
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.messages import from_validation
-from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.batch import SixNumbers
-from grpo_autotune.interop.importing import import_file
-from grpo_autotune.interop.recognise import read_source
+from grpo_autotune.errors import ConfigError, printable
+from grpo_autotune.interop.importing import import_file, read_source
 from grpo_autotune.interop.source import Source
-from grpo_autotune.interop.translation import Translation
+from grpo_autotune.interop.translation import SixNumbers, Translation
 from grpo_autotune.interop.writing.edits import edits
-from grpo_autotune.interop.writing.finish import finished, is_patch, measured_line, plain_text
 from grpo_autotune.interop.writing.tuned_keys import TRL_BATCH, WHY, Framework, framework_of, values_of
 from grpo_autotune.records.imported import Exported, ExportedKey, LostKey, titled
 from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.units import seconds
 
-PROMPTS = "prompts_per_step"
-"""The one thing that a search tunes and that is no key: distinct prompts per optimizer step."""
+PROMPTS = "prompts_per_step"  # distinct prompts per optimizer step: the one thing that is tuned and no key
 OTHER = "Export into the file that was imported, or say with --world-size how many processes it was tuned on."
 
 
@@ -46,13 +45,11 @@ class Original:
         return read_source(self.path, self.framework, self.environment)
 
     def translated(self, ranks: int | None) -> Translation:
-        """The file for its own processes; for `ranks` where it does not say how many those are."""
         how: Any = {"framework": self.framework, "version": self.version, "environment": self.environment}
         return import_file(self.path, world_size=ranks, **how)
 
     @contextmanager
     def holding(self, text: str) -> Iterator["Original"]:
-        """The same with another text, for a while in a file beside it, where what it names is found."""
         draft = self.path.with_name(f".{self.path.stem}.{os.urandom(4).hex()}{self.path.suffix}")
         try:
             draft.touch(0o600)  # the text may hold secrets
@@ -67,17 +64,8 @@ class Original:
 
 
 def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = None) -> Exported:
-    """The original's text with the tuned values.
-
-    Args:
-        tuned: Plain values of a configuration with a receipt.
-        original: The file that it was imported from.
-        ranks: Processes that it was tuned on; None to take them from the completions per optimizer step, which a search
-            keeps.
-
-    Raises:
-        ConfigError: Where the file cannot be imported, or the tuned batch not be said in it.
-    """
+    """The original's text with the tuned values of a configuration with a receipt, tuned on `ranks` processes (None: by
+    the completions per step). ConfigError where the file cannot be imported, or the tuned batch not be said in it."""
     try:
         receipt = Receipt.model_validate(tuned["receipt"])
     except ValidationError as error:
@@ -97,20 +85,16 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
             continue
         values = values_of(side, change.key, change.after)
         none = WHY.get(change.key, f"{titled(framework)} has no key for it")
-        why = draft.set_all(values) if values else none
-        if why:
+        if why := draft.set_all(values) if values else none:
             lost.append(LostKey(key=change.key, value=change.after, why=why))
     measured = measured_line(receipt, framework)
+    theirs, ours = before.values.get("model.name_or_path"), (tuned.get("model") or {}).get("name_or_path")
+    other = f"these values were tuned for {ours}, and the file trains {theirs}"
     return Exported(
         original=str(path), framework=framework, kind="patch" if is_patch(path) else "file", keys=draft.keys,
-        lost=lost, measured=measured, warnings=_of_another_model(tuned, before),
+        lost=lost, measured=measured, warnings=[other] if ours and ours != theirs else [],
         text=finished(path, draft.text, draft.keys, measured),
     )  # fmt: skip
-
-
-def _of_another_model(tuned: Mapping[str, Any], before: Translation) -> list[str]:
-    theirs, ours = before.values.get("model.name_or_path"), (tuned.get("model") or {}).get("name_or_path")
-    return [f"these values were tuned for {ours}, and the file trains {theirs}"] if ours and ours != theirs else []
 
 
 class _Draft:
@@ -123,18 +107,15 @@ class _Draft:
         self.values = before.values
 
     def settings(self, text: str) -> dict[str, Any] | None:
-        """Settings of a text, key -> value; None if it cannot be read."""
         with suppress(ConfigError), self.original.holding(text) as draft:
             return {key: setting.value for key, setting in draft.read().settings.items()}
         return None
 
     def imported(self) -> Translation:
-        """The text as it stands, imported; ConfigError where it cannot be."""
         with self.original.holding(self.text) as draft:
             return draft.translated(self.ranks)
 
     def set(self, key: str, value: Any) -> bool:
-        """Set a key; False where no edit does."""
         name, says = key.lstrip("+"), self.raw.settings
         old = says[name].value if name in says else self.before.value(name)
         if old == value:
@@ -165,8 +146,7 @@ class _Draft:
         return why
 
     def check(self, numbers: SixNumbers) -> None:
-        """ConfigError where the text's batch, imported, is not the tuned one. The micro batch changes seconds alone,
-        and follows from the length of completions where a file counts tokens."""
+        """ConfigError where the text's batch, imported, is not the tuned one. The micro batch changes seconds alone."""
         where, fix = str(self.original.path), "This version of the framework cannot be told: nothing was written."
         try:
             after = self.imported()
@@ -190,9 +170,7 @@ def tuned_numbers(tuned: Mapping[str, Any], receipt: Receipt, before: Translatio
     for name in (name for name, value in given.items() if name in TRL_BATCH and value is not None):
         if not isinstance(given[name], int) or given[name] < 1:
             raise ConfigError("a whole number of at least 1 is needed", where=f"grpo.{name} of the tuned file")
-    group, micro, accumulation = (
-        given[name] for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
-    )
+    group, micro, accumulation, *_ = (given[name] for name in TRL_BATCH)
     prompts = next((change.after for change in receipt.changed if change.key == PROMPTS), None)
     completions = source.completions if prompts is None else prompts * group
     process = micro * accumulation
@@ -215,18 +193,17 @@ def _numbers(translation: Translation) -> SixNumbers:
 
 
 def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> dict[str, Any]:
-    """The framework's batch keys that have other values than before, and what counts in rollouts where a rollout has
-    another number of optimizer steps."""
+    """Batch keys that have other values than before, and what counts in rollouts where these have other steps."""
     old, where = _numbers(before), before.source.path.name
     ranks = old.ranks * (before.number("sequence_parallel_size") or 1)
     trl, trl_before = numbers.on(ranks, where), old.on(ranks, where)
-    values = {
-        key: value(numbers, trl) for key, value in side.batch.items() if value(numbers, trl) != value(old, trl_before)
-    }
-    for key in (key for key, value in values.items() if value != int(value)):
-        what = f"the tuned batch makes it {values[key]:g}, and it counts whole ones"
-        raise ConfigError(what, where=f"{where}: {key}")
-    values = {key: int(value) for key, value in values.items()}
+    values: dict[str, Any] = {}
+    for key, number in side.batch.items():
+        if (value := number(numbers, trl)) != number(old, trl_before):
+            values[key] = int(value)
+            if value != values[key]:
+                what = f"the tuned batch makes it {value:g}, and it counts whole ones"
+                raise ConfigError(what, where=f"{where}: {key}")
     if "steps_per_generation" in values and before.given("generation_batch_size"):
         values["generation_batch_size"] = numbers.rollout
         del values["steps_per_generation"]
@@ -237,3 +214,43 @@ def _batch_values(side: Framework, before: Translation, numbers: SixNumbers) -> 
     return values | {
         key: max(1, round(count * ratio)) for key, count in counts.items() if isinstance(count, int) and count > 0
     }
+
+
+def is_patch(path: Path) -> bool:
+    """True of programs, which nobody edits but their author."""
+    return path.suffix.lower() == ".py"
+
+
+def measured_line(receipt: Receipt, framework: str) -> str:
+    """The place where the tuned values were measured, and the one where they were not."""
+    trl = receipt.versions.get("trl", "")
+    interval = f"{receipt.speedup_low:.2f} to {receipt.speedup_high:.2f}"
+    return (
+        f"Measured with TRL{f' {trl}' if trl else ''} on {printable(receipt.hardware)}: x {receipt.speedup:.2f} "
+        f"({interval}) useful completions per second, {seconds(receipt.baseline_step_s)} -> {seconds(receipt.step_s)} "
+        f"per optimizer step. Whether it is faster in {titled(framework)} was not measured."
+    )
+
+
+def plain_text(path: Path) -> str:
+    """A file's text without a byte order mark, its lines ended as here."""
+    raw = path.read_bytes().decode("utf-8-sig")
+    return raw.replace("\r\n", "\n") if _is_crlf(raw) else raw
+
+
+def _is_crlf(text: str) -> bool:
+    return text.count("\r\n") == text.count("\n") > 0
+
+
+def finished(path: Path, text: str, keys: Sequence[ExportedKey], measured: str) -> str:
+    """Text to write: of a program a unified diff, else the text below a comment (JSON has none), its line ends kept."""
+    if is_patch(path):
+        before, after = plain_text(path).splitlines(), text.splitlines()
+        return "\n".join(difflib.unified_diff(before, after, f"a/{path.name}", f"b/{path.name}", lineterm="")) + "\n"
+    raw = path.read_bytes().decode()
+    if keys and path.suffix.lower() != ".json":
+        words = f"Tuned by grpo-autotune: {', '.join(map(str, keys))}. {measured}"
+        wrapped = textwrap.wrap(words, 108, break_long_words=False, break_on_hyphens=False)
+        first, newline, rest = text.partition("\n") if text.startswith("#!") else ("", "", text)
+        text = f"{first}{newline}{''.join(f'# {line}{chr(10)}' for line in wrapped)}{rest}"
+    return "\ufeff" * raw.startswith("\ufeff") + (text.replace("\n", "\r\n") if _is_crlf(raw) else text)

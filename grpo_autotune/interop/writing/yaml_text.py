@@ -1,5 +1,4 @@
-"""An imported configuration as YAML for people: its sections in the order of a configuration, and the reasons behind
-the keys that are not obvious."""
+"""An imported configuration as YAML for people, with the reasons behind the keys that are not obvious."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -12,29 +11,24 @@ from grpo_autotune.config.yaml_text import write_yaml
 from grpo_autotune.errors import printable
 from grpo_autotune.records.imported import Imported, titled
 
-WIDTH = 110
-"""Characters of a line; a comment that does not fit behind its key stands above it."""
+WIDTH = 110  # characters of a line; a comment that does not fit behind its key stands above it
 
 
 def yaml_text(imported: Imported, comments: Mapping[str, str]) -> str:
-    """The YAML, with a head that says where it comes from; `comments` by key path. `parse_yaml` reads it back to
-    `imported.config`."""
-    sections = {key: _ordered(key, imported.config[key]) for key in RunConfig.model_fields if key in imported.config}
-    head = textwrap.wrap(" ".join(_head(imported)), WIDTH - 2, break_long_words=False, break_on_hyphens=False)
-    return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
-
-
-def _ordered(name: str, section: Any) -> Any:
-    """A section's keys in the order of their fields, where it has fields; others stay as they are."""
-    fields = getattr(RunConfig.model_fields[name].annotation, "model_fields", ())
-    return {key: section[key] for key in fields if key in section} | section if isinstance(section, dict) else section
-
-
-def _head(imported: Imported) -> Iterator[str]:
+    """The YAML, with a head that says where it comes from, and `comments` by key path."""
+    sections: dict[str, Any] = {}
+    for name in (name for name in RunConfig.model_fields if name in imported.config):
+        section, fields = imported.config[name], getattr(RunConfig.model_fields[name].annotation, "model_fields", ())
+        is_mapping = isinstance(section, dict)
+        sections[name] = {key: section[key] for key in fields if key in section} | section if is_mapping else section
     version = printable(f"{titled(imported.source, imported.version)} ({imported.version_from})")
-    yield f"By grpo-autotune import, from {printable(imported.file)}, {version}."
-    ranks = imported.world_size
-    yield f"Batch sizes are for {ranks} process{'es' * (ranks > 1)}; the source has {imported.numbers['D']}."
+    ranks = f"{imported.world_size} process{'es' * (imported.world_size > 1)}"
+    words = (
+        f"By grpo-autotune import, from {printable(imported.file)}, {version}. Batch sizes are for {ranks}; the source "
+    )
+    words += f"has {imported.numbers['D']}."
+    head = textwrap.wrap(words, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in head) + commented(write_yaml(sections), comments)
 
 
 def commented(text: str, comments: Mapping[str, str]) -> str:

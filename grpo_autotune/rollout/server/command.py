@@ -6,7 +6,6 @@ what TRL's server mode cannot do without (trl/generation/vllm_client.py, TRL 1.1
 
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import os
 import shlex
@@ -18,7 +17,7 @@ from grpo_autotune.config.schema import RunConfig, packed_at_server
 from grpo_autotune.config.sections.vllm import OURS, VLLM_TO_TRL
 from grpo_autotune.config.vllm_names import NAMES
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.hardware.nvml import ORDER, PCI, VISIBLE, visible_names
+from grpo_autotune.hardware.nvml import ORDER, PCI, VISIBLE, names_of_gpus
 
 HOST, PORT = "127.0.0.1", 8000
 """Of a server whose address the configuration leaves open: TRL looks for it on this machine, at vLLM's own port."""
@@ -88,14 +87,6 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
             fix=_nearest(len(seen), processes),
         )
     return seen[left:], seen[:left]
-
-
-def names_of_gpus(there: int) -> list[str]:
-    """The `there` GPUs that CUDA shows this process, as `CUDA_VISIBLE_DEVICES` names them; the list ends at the
-    first name that is none."""
-    told = visible_names()
-    names = map(str, range(there)) if told is None else itertools.takewhile(lambda name: name not in ("", "-1"), told)
-    return list(names)[:there]
 
 
 def _nearest(there: int, training: int) -> str:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from grpo_autotune.seams.fully_sharded import whole
+
 TOWERS = ("qwen2_5_vl", "qwen3_vl")
 """`model_type` whose vision tower takes adapters in vLLM (`supports_tower_connector_lora`) with the trainer's own
 log-probs; vLLM calls it experimental."""
@@ -138,6 +140,6 @@ def tensors(generation: Any) -> dict[str, Any]:
     for name, layer in lora_layers(generation.model).items():
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         with generation._dist.gather_params([down, up]):
-            matrices[f"{name}.lora_A.weight"] = down.detach().clone()
-            matrices[f"{name}.lora_B.weight"] = up.detach() * layer.scaling[adapter]
+            matrices[f"{name}.lora_A.weight"] = whole(down.detach()).clone()
+            matrices[f"{name}.lora_B.weight"] = whole(up.detach()) * layer.scaling[adapter]
     return matrices

@@ -72,7 +72,7 @@ def choose(generation: Any, options: EngineOptions) -> tuple[Way, str]:
         raise ConfigError(what, where="model.name_or_path", fix=fix)
     if asked == "merged" or asked == "batched":
         return asked, "asked for"
-    reason = "FSDP shards it" if generation._dist.is_fsdp else lora.refusal(model)
+    reason = lora.refusal(model)
     if asked == "adapter":
         if reason is not None:
             raise ConfigError(f"vLLM cannot run the adapter: {reason}", where=WHERE, fix="Set it to batched or auto.")
@@ -231,7 +231,7 @@ class ColocateSync(WeightSync):
         """The weights to push, counted; where an adapter is more than a sum, TRL merges it."""
         model = self._generation.model
         adapted = lora.is_adapted(model)
-        if self._generation._dist.is_fsdp or (adapted and lora.unmergeable(model) is not None):
+        if adapted and lora.unmergeable(model) is not None:
             merged = self._generation._iter_named_params()
             pairs: Iterator[tuple[str, Any]] = (pair for pair in merged if only is None or pair[0] in only)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.rollout.sync.lora import active_adapter, is_adapted, lora_layers
+from grpo_autotune.seams.fully_sharded import whole
 
 BASE_WEIGHT = ".base_layer.weight"
 
@@ -38,7 +39,8 @@ def weights(generation: Any, only: Container[str] | None, *, merged: bool) -> It
     """Name and tensor of each weight of a model, with the plain LoRA adapter `merged` into those it is for or without;
     `only` those of these engine names, all for None.
 
-    4-bit weights come as the numbers that they stand for. Under DeepSpeed ZeRO-3 every rank must exhaust the iterator.
+    4-bit weights come as the numbers that they stand for. Under DeepSpeed ZeRO-3 and FSDP2 every rank must
+    exhaust the iterator.
     """
     model = generation.model
     layers = lora_layers(model) if merged and is_adapted(model) else {}
@@ -48,9 +50,9 @@ def weights(generation: Any, only: Container[str] | None, *, merged: bool) -> It
             continue
         layer = layers.get(name.removesuffix(BASE_WEIGHT)) if name.endswith(BASE_WEIGHT) else None
         with generation._dist.gather_params([parameter, *([] if layer is None else layer.parameters())]):
-            value = numbers(parameter)
+            value = whole(numbers(parameter))
             if layer is not None:
-                value = (value + layer.get_delta_weight(active_adapter(model)).detach()).to(value.dtype)
+                value = (value + whole(layer.get_delta_weight(active_adapter(model)).detach())).to(value.dtype)
             yield target, value
 
 

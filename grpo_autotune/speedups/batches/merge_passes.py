@@ -4,10 +4,12 @@ TRL's loss is a function of the log-probs and entropies of a micro batch, and th
 summed. So the micro batches of a window wait until the last of them: what each asks of the model is recorded, log-probs
 and entropies come from one pass over several, and TRL's own `compute_loss` runs on each with its rows of them. Every
 divisor, clipping and metric is that of TRL's micro batch, whatever the loss type; the sum of the losses goes backward.
-With several processes gradients are synchronized by the last pass of a step, as TRL's last micro batch does it.
+With several processes gradients are synchronized by the last pass of a step, as TRL's last micro batch does it; under
+DeepSpeed and FSDP, where every pass is one for all ranks, two micro batches go together where they do on all ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
+from grpo_autotune.seams.ranks import any_of, backward_in_step, most, syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
@@ -83,9 +86,7 @@ def _rows_apart(trainer: Any) -> str | None:
 
 
 def _loop(trainer: Any) -> str | None:
-    args, accelerator = trainer.args, trainer.accelerator
-    if accelerator.state.deepspeed_plugin is not None:
-        return "DeepSpeed counts backward passes (grpo.deepspeed)"
+    args = trainer.args
     if (reason := in_parts(trainer)) is not None:
         return reason
     if "lomo" in str(args.optim):
@@ -96,6 +97,20 @@ def _loop(trainer: Any) -> str | None:
 
 
 _RULES: tuple[Callable[[Any], str | None], ...] = (_window, _whole_groups, _terms, _rows_apart, _loop)
+
+
+@contextmanager
+def _step_goes_on(accelerator: Any, model: Any) -> Iterator[None]:
+    """Inside it, no backward pass is the last of an optimizer step: gradients are added up between ranks where
+    transformers' loop has it so (`Trainer._run_epoch`), and DeepSpeed, which accelerate tells, makes no step."""
+    state = accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with nullcontext() if syncs_each_pass(accelerator) else accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(before)
 
 
 class _Recorded(Exception):
@@ -113,8 +128,9 @@ class Merging(Installed):
         super().__init__(name)
         self.trainer = trainer
         self._groups = groups_of(trainer)
-        self._check = SelfCheck(self)
+        self._check = SelfCheck(self, any_of(trainer, backward_in_step))
         self.held: list[Batch] = []  # micro batches that wait
+        self._given: dict[str, Any] = {}  # to the backward passes that were left out
         self._last, self._state = -1, trainer.state
         self._waits = self._records = False
         self._answers: list[Scores] = []
@@ -150,7 +166,10 @@ class Merging(Installed):
     def backward(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         """Nothing for a micro batch that waits."""
         waits, self._waits = self._waits, False
-        return None if waits else call_next(*args, **kwargs)
+        if not waits:
+            return call_next(*args, **kwargs)
+        self._given = kwargs
+        return None
 
     def scores(
         self, call_next: Next, /, model: Any, ids_BT: Any, mask_BT: Any, width_C: int, *args: Any, **kwargs: Any
@@ -180,9 +199,9 @@ class Merging(Installed):
 
         gone: torch.Tensor = held[0]["advantages"].new_zeros(())
         for members in early:
-            with accelerator.no_sync(model):
+            with _step_goes_on(accelerator, model):
                 loss = loss_of_pass(members)
-                accelerator.backward(loss)
+                accelerator.backward(loss, **self._given)
             gone += loss.detach()
         return loss_of_pass(last) + gone
 
@@ -208,8 +227,20 @@ class Merging(Installed):
             shared=any(row.name == "shared_prefix" and row.on for row in table),
             by_launches=held[0]["advantages"].is_cuda,
         )
+        passes = self._on_all_ranks(passes, len(held))
         merged = next((members for members in passes if len(members) > 1), None)
         return passes if merged and self._agrees(model, [asked[index] for index in merged]) else alone
+
+    def _on_all_ranks(self, passes: list[list[int]], count: int) -> list[list[int]]:
+        """The passes, cut wherever a rank in step begins one: parts of a pass fit where the whole does."""
+        first = {members[0] for members in passes}
+        begins = most([index in first for index in range(count)], self.trainer, backward_in_step(self.trainer))
+        cut: list[list[int]] = []
+        for index in range(count):
+            if begins[index]:
+                cut.append([])
+            cut[-1].append(index)
+        return cut
 
     def _agrees(self, model: Any, asked: list[Request]) -> bool:
         """True if a micro batch scores the same by itself as in the pass; compared once."""

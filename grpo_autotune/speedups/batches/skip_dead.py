@@ -4,7 +4,8 @@ With `beta = 0` and neither an entropy bonus nor a router loss, a row's loss is 
 zero advantage, or whose completion is masked as a whole, adds nothing to loss or gradient. Whether a group is dead is
 decided by its rewards' spread (max - min, at most the rounding of their sum): a mean of equal float32 rewards is off by
 1e-8, which TRL divides by 1e-4 and trains on. Every rank must run one wrapped forward a micro step, so where nothing is
-left it runs on two tokens of one row, times zero; on the whole prompt where all trained weights need that.
+left it runs on two tokens of one row, times zero; on the whole prompt where all trained weights need that, and where
+the weights are sharded, so that its images go through the tower as those of the other ranks do.
 
 TRL's metrics of the loss then speak of the rows that are left, so they are logged as `living/<name>`.
 
@@ -19,6 +20,7 @@ import torch
 
 from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.loss import DIVISORS
+from grpo_autotune.seams.ranks import sharded
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.rows import Batch, lengths, one_token, take
@@ -156,7 +158,8 @@ class _Skipping(Installed):
         if self.trainer.tools:
             return row  # tools may have put images into the completion
         row["completion_mask"] = torch.ones_like(row["completion_mask"])
-        return one_token(row, whole_prompt="pixel_values" in row and self._images_train)
+        reached = self._images_train or sharded(self.trainer)
+        return one_token(row, whole_prompt="pixel_values" in row and reached)
 
 
 def gradient_rows(batch: Batch) -> torch.Tensor:

@@ -6,7 +6,8 @@ with all rows, each with a copy of its prompt's cache. Tokens are drawn for all 
 included: the random stream is that of TRL's own call, so the same seed gives the same completions.
 
 On a GPU the host does not wait for each token: it looks some tokens late at which rows are done. Where all were done
-earlier, the tokens since then are discarded and the random stream is put back.
+earlier, the tokens since then are discarded and the random stream is put back. Where a forward needs all ranks, one
+whose rows are done goes on with a row, of which it draws nothing, until the others' are.
 
 Legend: U distinct prompts, B rows, A rows that the model still runs, T tokens so far, V vocabulary.
 """
@@ -49,9 +50,10 @@ class Decoder:
         record: list[torch.Tensor] | None = None,  # gets each step's scores as the model gave them, (B, V)
         capture: Capture | None = None,  # captures a step, for replays in place of calls
         look_every: int | None = None,  # tokens between two looks at which rows are done; None is the device's own
+        any_rank: Callable[[bool], bool] | None = None,  # where ranks are in step (`seams.ranks.any_of`)
     ) -> None:
         self.prompt_of_row, self.record, self.capture = prompt_of_row, record, capture
-        self.look_every = look_every
+        self.look_every, self.any_rank = 1 if any_rank else look_every, any_rank
         self.steps = self.row_steps = 0  # those of plain generation, and rows times steps that the model ran
 
     def __call__(
@@ -72,8 +74,9 @@ class Decoder:
         with without_cudnn():
             with products(model) as dtypes:
                 state, logits_BV = self._read(model, input_ids, model_kwargs)
-            long = longest - input_ids.shape[1] >= WORTH_IT and len(self.prompt_of_row) > 1
-            weights = for_decoding(model, dtypes) if long or self.record is not None else ()
+            long = longest - input_ids.shape[1] >= WORTH_IT and len(self.prompt_of_row) > 1 and self.any_rank is None
+            compared = self.record is not None and self.any_rank is None
+            weights = for_decoding(model, dtypes) if long or compared else ()
             with replaced(weights), one_kernel_norms(model):
                 process = LogitsProcessorList(_of_rows(processor, self.prompt_of_row) for processor in logits_processor)
                 text = _Text(input_ids[self.prompt_of_row], longest, stopping_criteria, every, generation_config)
@@ -109,7 +112,10 @@ class Decoder:
                 self.record.append(logits_BV.clone())
             text.add(process(text.ids, logits_BV))
             left = text.left()
+            goes_on = self.any_rank if self.any_rank is not None and self.any_rank(left != 0) else None
             if left == 0:
+                if goes_on is not None:
+                    self._keep_up(step, text.ids[inside], goes_on)
                 self.steps -= text.surplus
                 if self.record is not None:
                     del self.record[len(self.record) - text.surplus :]
@@ -120,6 +126,16 @@ class Decoder:
                 inside = inside[kept]
             logits_AV = step(text.ids if len(inside) == rows else text.ids[inside])
             self.steps, self.row_steps = self.steps + 1, self.row_steps + len(inside)
+
+    def _keep_up(self, step: GeneralStep, ids_AT: torch.Tensor, any_rank: Callable[[bool], bool]) -> None:
+        """Run one row as long as rows of other ranks are at work."""
+        step.keep(torch.zeros(1, dtype=torch.long, device=ids_AT.device), len(ids_AT))
+        ids_1T = ids_AT[:1]
+        while True:
+            step(ids_1T)
+            if not any_rank(False):
+                return
+            ids_1T = torch.cat([ids_1T, ids_1T[:, -1:]], dim=1)
 
 
 class _Text:

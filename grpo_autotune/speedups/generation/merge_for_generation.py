@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, Next
+from grpo_autotune.seams.ranks import sharded
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import active_dropout
@@ -41,8 +42,8 @@ class MergeForGeneration:
             return "grpo.use_vllm: the engine has weights of its own"
         if trainer.use_transformers_continuous_batching:
             return "grpo.use_transformers_continuous_batching casts the model's weights"
-        if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type.value == "DEEPSPEED":
-            return "DeepSpeed or FSDP: weights are not whole on each rank"
+        if sharded(trainer) and (trainer.is_fsdp_enabled or not trainer.args.ds3_gather_for_generation):
+            return "FSDP, or ZeRO 3 without grpo.ds3_gather_for_generation: no rank has whole weights to merge into"
         if trainer.args.torch_compile:
             return "a compiled model would be compiled again for every generation (grpo.torch_compile)"
         if (dropout := active_dropout(trainer.model)) is not None:

@@ -8,6 +8,7 @@ a batch where they do not is generated as TRL would.
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from trl.trainer.utils import split_pixel_values_by_grid
 from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.mixed_image_rows import without_empty
+from grpo_autotune.seams.ranks import any_of, forward_in_step, most, sharded
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
 from grpo_autotune.speedups.batches.rows import take, widened
-from grpo_autotune.speedups.conditions import GENERATION, active_noise
+from grpo_autotune.speedups.conditions import GENERATION, active_noise, in_parts
 from grpo_autotune.speedups.generation.decoding import Decoder
 from grpo_autotune.speedups.generation.step import Capture, Unsupported, cuda_graph
 from grpo_autotune.speedups.selfcheck import SelfCheck
@@ -61,12 +63,14 @@ class SharedPrefill:
             return "grpo.use_transformers_continuous_batching generates without prompts in step"
         if trainer.rollout_func is not None or trainer.tools or trainer.environment_factories is not None:
             return "rollout_func, tools or environment_factory: generation goes on from more than the prompts"
-        if trainer.is_fsdp_enabled or trainer.accelerator.distributed_type.value == "DEEPSPEED":
-            return "DeepSpeed or FSDP: all ranks must run every step of generation together"
+        if (reason := in_parts(trainer)) is not None:
+            return reason
         if (noise := active_noise(trainer)) is not None:
             return f"{noise}: TRL generates in train mode, and draws other numbers for the prompt of each completion"
         if self.capture is not None and trainer.accelerator.device.type != "cuda":
             return "speedups: decode: graph needs a CUDA device"
+        if self.capture is not None and sharded(trainer):
+            return "speedups: decode: graph cannot replay a step that gathers weights from other ranks"
         return _why_another_loop(trainer.generation_config)
 
     def install(self, trainer: Any) -> Installed:
@@ -93,7 +97,7 @@ class _Sharing(Installed):
     def __init__(self, name: str, trainer: Any, capture: Capture | None) -> None:
         super().__init__(name)
         self.trainer, self._capture = trainer, capture
-        self._checks = {with_images: SelfCheck(self) for with_images in (False, True)}
+        self._checks = {with_images: SelfCheck(self, any_of(trainer)) for with_images in (False, True)}
         self._turn: tuple[torch.Tensor, list[int] | None] | None = None
         # rows generated, prompts read for them, and rows times steps that the model ran and would have run
         self.counts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
@@ -110,20 +114,26 @@ class _Sharing(Installed):
 
     def generate(self, call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
         turn, config = self._turn, kwargs.get("generation_config")
+        in_step = forward_in_step(self.trainer)
+        if sharded(self.trainer) and not in_step:  # TRL has gathered the weights: each rank ends by itself
+            call_next = partial(call_next, synced_gpus=False)
         if self.fell_back or turn is None or args or config is None or "custom_generate" in kwargs:
             return call_next(*args, **kwargs)
         fields = {name: value for name, value in kwargs.items() if name not in ("generation_config", *BY_STEP)}
         by_step = {name: kwargs[name] for name in BY_STEP if name in kwargs}
         first_rows, prompt_of_row = _first_rows(turn[0])
         batch = fields if turn[1] is None else {**fields, "num_images": turn[1]}
-        if not _alike(batch, first_rows, prompt_of_row):
+        samples = _samples(batch, first_rows)
+        told = [not _alike(batch, first_rows, prompt_of_row), *(kind in samples for kind in self._checks)]
+        differ, *kinds = most(told, self.trainer, in_step)
+        if differ:
             return call_next(**kwargs)
-        for row, with_images in _samples(batch, first_rows):
-            plain, shared, again = self._ways(call_next, batch, row, config)
+        for with_images in compress(self._checks, kinds):  # of a rank in step, even where this one has none of a kind
+            plain, shared, again = self._ways(call_next, batch, samples.get(with_images, first_rows[0]), config)
             if not self._checks[with_images].run(plain, shared, self.trainer.model.dtype, "scores", again):
                 return call_next(**kwargs)
         prompts = _inputs(take(batch, first_rows))
-        decoder = Decoder(torch.tensor(prompt_of_row), capture=self._capture)
+        decoder = self._decoder(torch.tensor(prompt_of_row))
         try:
             ids = call_next(**prompts, generation_config=config, custom_generate=decoder, **by_step)
         except Unsupported as error:
@@ -134,6 +144,10 @@ class _Sharing(Installed):
         self.counts["row_steps"] += decoder.row_steps
         self.counts["row_steps_of_plain"] += decoder.steps * len(prompt_of_row)
         return ids
+
+    def _decoder(self, prompt_of_row: torch.Tensor, record: list[torch.Tensor] | None = None) -> Decoder:
+        any_rank = any_of(self.trainer) if forward_in_step(self.trainer) else None
+        return Decoder(prompt_of_row, record, self._capture, any_rank=any_rank)
 
     def _ways(
         self, call_next: Next, batch: dict[str, Any], row: int, config: Any
@@ -163,7 +177,7 @@ class _Sharing(Installed):
         def shared() -> torch.Tensor:
             record: list[torch.Tensor] = []
             for inputs in once:
-                decoder = Decoder(torch.tensor([0, 0]), record, self._capture)
+                decoder = self._decoder(torch.tensor([0, 0]), record)
                 with seeded(0, device):
                     call_next(**inputs, generation_config=config, custom_generate=decoder)
             return torch.stack(record)
@@ -180,11 +194,11 @@ def _first_rows(groups_B: torch.Tensor) -> tuple[list[int], list[int]]:
     return list(first_rows.values()), [order[group] for group in groups_B.tolist()]
 
 
-def _samples(batch: dict[str, Any], rows: list[int]) -> list[tuple[int, bool]]:
-    """The first of these rows without images and the first with some, and which it is."""
+def _samples(batch: dict[str, Any], rows: list[int]) -> dict[bool, int]:
+    """The first of these rows without images and the first with some, by whether it has some."""
     images = batch.get("num_images")
     kinds = [bool(images[row]) if images else "pixel_values" in batch for row in rows]
-    return [(rows[kinds.index(kind)], kind) for kind in sorted(set(kinds))]
+    return {kind: rows[kinds.index(kind)] for kind in sorted(set(kinds))}
 
 
 def _alike(batch: dict[str, Any], first_rows: list[int], prompt_of_row: list[int]) -> bool:

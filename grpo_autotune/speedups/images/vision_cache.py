@@ -3,7 +3,8 @@
 Generation, the old-policy, reference and training passes all run the tower on G copies of each image, although nothing
 in it changes. Features are kept under a hash of all pixels that they were computed from, taken where the pixels are:
 two random linear forms modulo 2^64 (Dietzfelbinger, STACS 1996), which are both equal for two images that differ with a
-chance below 2^-50. One read of the hashes is all that a call waits for.
+chance below 2^-50. One read of the hashes is all that a call waits for. Where ranks are in step, all run the tower if
+one of them has to.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
+from grpo_autotune.seams.ranks import any_of
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
 from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
 from grpo_autotune.speedups.images.towers import towers_of
@@ -55,7 +57,7 @@ class VisionCache:
 
     def install(self, trainer: Any) -> Installed:
         """Put a layer on the tower of the policy, and on that of a reference model that stays as it is."""
-        installed = _Features(self.name)
+        installed = _Features(self.name, trainer)
         models = [trainer.model]
         if getattr(trainer, "ref_model", None) is not None and not trainer.args.sync_ref_model:
             models.append(trainer.ref_model)
@@ -81,8 +83,9 @@ Features = dict[str, Any]
 class _Features(Installed):
     """Layers of one trainer's towers, and the features they keep."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
+        self._any_rank = any_of(trainer)
         self._kept: LRUCache[Hashable, Features] = LRUCache(LIMIT_BYTES, getsizeof=_size)
         self._hash = _Hash()
         self.counts = {"asked": 0.0, "computed": 0.0}
@@ -96,11 +99,12 @@ class _Features(Installed):
         self._kept.clear()
 
     def layer(self, tower: Any) -> Layer:
-        check = SelfCheck(self)
+        check = SelfCheck(self, self._any_rank)
 
         def encode(call_next: Next, /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             grid = kwargs.get("grid_thw")
             if self.fell_back or args or grid is None or _asks_for_more(tower, kwargs):
+                self._any_rank(True)
                 return call_next(patches, *args, **kwargs)
             weight, shapes = next(tower.parameters()), grid.tolist()
             parts = torch.split(patches, [math.prod(shape) for shape in shapes])
@@ -135,7 +139,8 @@ class _Features(Installed):
         ]
         images = {key: kept for key in keys if (kept := self._kept.get(key)) is not None}
         missing = {key: index for index, key in enumerate(keys) if key not in images}
-        if missing:
+        if self._any_rank(bool(missing)):
+            missing = missing or {keys[0]: 0}
             rows = list(missing.values())
             with torch.no_grad():
                 output = call_next(torch.cat([parts[row] for row in rows]), grid_thw=grid[rows], return_dict=True)

@@ -5,8 +5,10 @@ training passes alike. Here the batch becomes one flat sequence in which a promp
 (`layout`), attention keeps the completions apart (`attention`), and TRL's own fused head
 turns the hidden states of the scored tokens into log-probs. All of it happens inside one call of the model that TRL
 would have called, so that DistributedDataParallel, autocast, adapters and gradient checkpointing work as before.
+Where ranks are in step, each runs as many forwards as the one that needs most, the surplus on one row.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from trl.trainer import utils
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
+from grpo_autotune.seams.ranks import any_of, forward_in_step, most
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import BOTH_KEYS, base_of, compute_dtype, models_of, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -27,7 +30,7 @@ from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_n
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
-from grpo_autotune.speedups.shared_prefix.media import INPUTS
+from grpo_autotune.speedups.shared_prefix.media import INPUTS, Media
 
 FUSED = hasattr(utils, "add_fused_lm_head")
 """Whether this TRL's models compute log-probs themselves, as since 1.15."""
@@ -49,6 +52,8 @@ SETTINGS = ("batch_size", "compute_entropy", "compute_aux_loss")
 Kind = tuple[bool, bool, bool]
 """Of a row: its prompt is padded (a model may count positions by the mask), it has images (a model may look at them
 both ways), its completion looks back at itself. A model that passes on one kind may fail on another."""
+
+KINDS: tuple[Kind, ...] = tuple(itertools.product((False, True), (False, True), (False, True)))
 
 
 class SharedPrefix:
@@ -138,27 +143,48 @@ class _SharedPrefix(Installed):
             **given: Any,
         ) -> Scores:  # fmt: skip
             given |= zip(SETTINGS, size, strict=False)  # TRL before 1.14 gives one of them by its place
-
-            def plain() -> Scores:
-                self.passes["plain"] += 1
-                return call_next(model, ids_BW, mask_BW, width_C, **given)
-
-            group_B, compute_entropy = groups.current, given.get("compute_entropy", False)
-            if group_B is None or len(group_B) != len(ids_BW) or self.fell_back or given.get("compute_aux_loss"):
-                return plain()
             media = {name: value for name, value in given.items() if name not in SETTINGS}
-            batch = batch_of(ids_BW, mask_BW, width_C, group_B, media, groups.known)
-            rows = self._rows(batch, given.get("batch_size"))
-            if rows is None or not self._checked(call_next, model, batch):
-                return plain()
-            self.passes["shared"] += 1
-            self.tokens["shared"] += sum(batch.tokens(chunk) for chunk in rows)
-            self.tokens["plain"] += ids_BW.numel()
-            parts = [self._shared(model, batch, chunk, compute_entropy) for chunk in rows]
-            entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
-            return torch.cat([logps for logps, _ in parts]), entropies, None
+            batch = rows = None
+            if groups.current is not None and self._takes(groups.current, len(ids_BW), given):
+                batch = batch_of(ids_BW, mask_BW, width_C, groups.current, media, groups.known)
+                rows = self._rows(batch, given.get("batch_size"))
+
+            def one_row() -> torch.Tensor:
+                alone = self.trainer.accelerator.unwrap_model(model)
+                images = Media(media, len(ids_BW)).as_given([0])
+                return call_next(alone, ids_BW[:1], mask_BW[:1], width_C, **images)[0]
+
+            samples = {} if batch is None or rows is None else _samples(batch)
+            passes = len(rows) if rows else math.ceil(len(ids_BW) / (given.get("batch_size") or len(ids_BW)))
+            asked = [*(kind in samples for kind in KINDS), passes]
+            *kinds, most_passes = most(asked, self.trainer, forward_in_step(self.trainer))
+            passed = all(
+                self._checked(kind, samples.get(kind), one_row, call_next, model, batch)
+                for kind in itertools.compress(KINDS, kinds)
+            )
+            if batch is None or rows is None or not passed:
+                self.passes["plain"] += 1
+                scores_of_all = call_next(model, ids_BW, mask_BW, width_C, **given)
+            else:
+                scores_of_all = self._shared_scores(model, batch, rows, given.get("compute_entropy", False))
+            with torch.no_grad():
+                for _ in range(most_passes - passes if passed else 0):
+                    one_row()
+            return scores_of_all
 
         return scores
+
+    def _takes(self, group_B: torch.Tensor | None, rows: int, given: dict[str, Any]) -> bool:
+        known = group_B is not None and len(group_B) == rows
+        return known and not (self.fell_back or given.get("compute_aux_loss"))
+
+    def _shared_scores(self, model: Any, batch: Batch, rows: list[list[int]], compute_entropy: bool) -> Scores:
+        self.passes["shared"] += 1
+        self.tokens["shared"] += sum(batch.tokens(chunk) for chunk in rows)
+        self.tokens["plain"] += batch.input_ids.numel()
+        parts = [self._shared(model, batch, chunk, compute_entropy) for chunk in rows]
+        entropies = torch.cat([entropy for _, entropy in parts]) if compute_entropy else None
+        return torch.cat([logps for logps, _ in parts]), entropies, None
 
     def _rows(self, batch: Batch, batch_size: int | None) -> list[list[int]] | None:
         """The rows of each forward pass, `NO_GRAD_CHUNK` times the tokens of TRL's at most; None where TRL is to do it.
@@ -179,20 +205,27 @@ class _SharedPrefix(Installed):
         shared = sum(batch.tokens(chunk) for chunk in passes)
         return None if shared > WORTH * plain else passes
 
-    def _checked(self, call_next: Callable[..., Scores], model: Any, batch: Batch) -> bool:
-        """True if two completions of each kind, of one prompt if there are such, score the same by both paths."""
-        return all(
-            self._checked_on(rows, self.checks.setdefault(kind, SelfCheck(self)), call_next, model, batch)
-            for kind, rows in _samples(batch).items()
-        )
-
-    def _checked_on(
-        self, rows: list[int], check: SelfCheck, call_next: Callable[..., Scores], model: Any, batch: Batch
+    def _checked(
+        self,
+        kind: Kind,
+        rows: list[int] | None,
+        one_row: Callable[[], torch.Tensor],
+        call_next: Callable[..., Scores],
+        model: Any,
+        batch: Batch | None,
     ) -> bool:
+        """True if two completions of a kind, of one prompt if there are such, score the same by both paths; a rank that
+        has no such `rows` runs `one_row` with those that do."""
+        check = self.checks.setdefault(kind, SelfCheck(self, any_of(self.trainer)))
         if check.passed is not None:
             return check.passed
         alone = self.trainer.accelerator.unwrap_model(model)
         text = base_of(alone).config.get_text_config()
+        dtype = getattr(torch, compute_dtype(self.trainer))
+        relative = getattr(text, "rope_parameters", None) is not None  # else a column is a position
+        if batch is None or rows is None:
+            with without_dropout(alone):
+                return check.run(one_row, one_row, dtype, "log-probs", one_row if relative else None)
         ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
         inputs = {"input_ids": ids, "attention_mask": mask, **batch.media.as_given(rows)}
 
@@ -206,10 +239,8 @@ class _SharedPrefix(Installed):
         def shared() -> torch.Tensor:
             return self._shared(alone, batch, rows, False, self.forms.watching)[0]
 
-        dtype = getattr(torch, compute_dtype(self.trainer))
-        again = wider if getattr(text, "rope_parameters", None) is not None else None  # else a column is a position
         with without_dropout(alone):
-            return check.run(plain, shared, dtype, "log-probs", again)
+            return check.run(plain, shared, dtype, "log-probs", wider if relative else None)
 
     def _shared(
         self,

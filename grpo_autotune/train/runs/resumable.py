@@ -14,14 +14,20 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.trainer import utils
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
+from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
+from grpo_autotune.seams.fully_sharded import mend, whole
+from grpo_autotune.seams.sharding import check_sharded
+from grpo_autotune.train.runs.reshard import settle
 from grpo_autotune.train.runs.signals import StopRequest
 
 REFERENCE_FILE = "reference_model.pt"
@@ -48,6 +54,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         self.monitors: Any = None  # callback of a training in a run folder
         self.evaluations: Any = None  # the same
         self.resampling: Any = None  # layers of `resample`, where it is asked for
+        self.earlier_processes: list[int] = []  # numbers of them that this run had for the same batch
         self.best_checkpoint: str | None = None  # stays, beside transformers' own best
         self.must_end = False  # set to end the run after this step, saved
         self.losses: torch.Tensor | float = 0.0  # sum of the micro batches' since the last optimizer step (a scalar)
@@ -72,7 +79,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             raise self._not_finite("the model's probabilities are not finite numbers") from error
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self.grad_norm = super()._clip_grad_norm(model)
+        self.grad_norm = whole(super()._clip_grad_norm(model))
         return self.grad_norm
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,8 +99,20 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self._save_reference(folder)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(folder, self.args.world_size)
+            micro, accumulation, _ = self._batch()
+            completions = micro * accumulation * self.args.world_size
+            seal(folder, self.args.world_size, completions, self.earlier_processes)
             rotate_checkpoints(str(folder.parent), limit, self.best_checkpoint or self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as transformers does; what is not part of a checkpoint in one piece, whatever FSDP's checkpoints are."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        kind = getattr(plugin, "state_dict_type", None)
+        if plugin is not None:
+            plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+        super().save_model(output_dir, _internal_call)
+        if plugin is not None:
+            plugin.state_dict_type = kind
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_peft_model(self.model) or self._sharded():
@@ -125,6 +144,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        settle(self, Path(checkpoint))
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
         path = path if path.is_file() else path.with_name(rank_file(0))  # of a rank that was not there
@@ -241,16 +261,22 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
                 torch.randperm(self._train_sampler.num_samples, generator=generator)
 
     def _save_reference(self, folder: Path) -> None:
-        if self._reference_moves() and self.args.should_save:
-            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_FILE)
+        if self._reference_moves():
+            weights = self.accelerator.get_state_dict(self.ref_model)  # gathered by all ranks where it is sharded
+            if self.args.should_save:
+                torch.save(weights, folder / REFERENCE_FILE)
 
     def _load_reference(self, folder: Path) -> None:
         if self._reference_moves() and (folder / REFERENCE_FILE).is_file():
             weights = torch.load(folder / REFERENCE_FILE, map_location="cpu", weights_only=True, mmap=True)
-            self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
 
     def _reference_moves(self) -> bool:
-        return bool(self.args.sync_ref_model and self.ref_model is not None and not self._sharded())
+        """True for a reference model that follows the policy; under ZeRO 3 DeepSpeed has it in parts."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        in_parts = plugin is not None and plugin.zero_stage == 3
+        return bool(self.args.sync_ref_model and self.ref_model is not None and not in_parts)
 
     def _sharded(self) -> bool:
         """True if weights are spread over ranks: their checkpoints are DeepSpeed's or FSDP's own."""
@@ -264,6 +290,9 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        mend(self._trainer.model)
+        if (sharding := check_sharded(self._trainer)) is not None:
+            say(str(sharding))
         self._trainer.restore_losses()
         if 0 < state.max_steps <= state.global_step:
             raise NothingLeft

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 ask for a stop; the trainer honours it after the step, with a checkpoint.
+"""Ctrl-C and the signals of `stop_signals` ask for a stop; the trainer honours it after the step, with a checkpoint.
 
 Only the request is kept here. The trainer makes it collective: a signal may reach one rank and not the others.
 """
@@ -10,27 +10,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from grpo_autotune.processes.ending import ENDING
 
-REPEAT_S = 0.5
-"""A launcher may forward a Ctrl-C that the terminal has sent already: within this time both are one wish."""
+REPEAT_S, FORWARD_S = 0.5, 10.0
+"""Seconds within which two of a kind are one wish, Ctrl-C or another: a launcher forwards what a terminal, or Slurm,
+has sent to all processes already."""
 
 
 class StopRequest:
-    """While entered, turns the first of these signals into a wish to stop; a second Ctrl-C ends the process at once.
+    """While entered, turns the first of these signals, or Ctrl-C, into a wish to stop. The same one again, or Ctrl-C,
+    ends the process at once; another does not: Slurm sends SIGTERM behind the signal that it gave ahead of a limit.
 
     `say` tells the user, from inside a signal handler: it must not print through a buffered stream. `die` ends the
     process by a signal whose default action was put back.
     """
 
-    SIGNALS = (signal.SIGINT, *ENDING)
-
     def __init__(
         self,
+        signals: Sequence[signal.Signals] = ENDING,
         say: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         die: Callable[[int], None] | None = None,
@@ -38,13 +39,13 @@ class StopRequest:
         self.signum = 0  # the signal that came
         self.agreed = 0  # the one that some rank has received, as all ranks know since the last step
         self._say, self._clock, self._die = say or _write_line, clock, die or _die_by
-        self._pid = os.getpid()
+        self._signals, self._pid = (signal.SIGINT, *signals), os.getpid()
         self._at_s = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in self._signals}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -60,9 +61,11 @@ class StopRequest:
             self.signum, self._at_s = signum, now
             self._say(
                 f"{signal.Signals(signum).name}: stopping after this step, evaluation or save, with a checkpoint "
-                "(Ctrl-C again ends at once, without saving)"
+                "(the same again, or Ctrl-C, ends at once, without saving)"
             )
-        elif signum == signal.SIGINT and now - self._at_s > REPEAT_S:
+        elif signum in (signal.SIGINT, self.signum) and now - self._at_s > (
+            REPEAT_S if signum == signal.SIGINT else FORWARD_S
+        ):
             self._say("stopped at once: this step was not saved")
             self._die(signum)
 
@@ -79,3 +82,4 @@ def _write_line(line: str) -> None:
 def _die_by(signum: int) -> None:
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
+    os._exit(exit_code(signum))  # the first process of a container has no default action

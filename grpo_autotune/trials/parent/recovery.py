@@ -1,6 +1,6 @@
 """The machine between two workers: the last one's processes are gone, and what it had of the GPUs' memory is back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from grpo_autotune.hardware.nvml import ask, driver, visible_handles
 from grpo_autotune.trials.endings import Ending
@@ -59,9 +59,10 @@ class Recovery:
             fell = now if used < last else fell
 
 
-def used_gpu_bytes() -> int | None:
-    """Memory in use on the GPUs that CUDA shows this process, by whomever; None where NVML tells of none."""
+def used_gpu_bytes(only: Sequence[str] | None = None) -> int | None:
+    """Memory in use on the GPUs that CUDA shows this process, or `only` on these of them, by whomever; None where NVML
+    tells of none."""
     with driver() as nvml:
-        told = (ask(nvml, "nvmlDeviceGetMemoryInfo", handle) for handle in visible_handles(nvml))
+        told = (ask(nvml, "nvmlDeviceGetMemoryInfo", handle) for handle in visible_handles(nvml, only))
         used = [int(memory.used) for memory in told if memory is not None]
     return sum(used) if used else None

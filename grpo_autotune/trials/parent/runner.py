@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
+from typing import cast
 
 from grpo_autotune.config.batch import batch_plan
 from grpo_autotune.config.schema import RunConfig
@@ -22,6 +23,7 @@ from grpo_autotune.trials.parent.worker import Worker
 from grpo_autotune.units import duration
 
 Spawn = Callable[[Path, Path, int], Worker]
+Trial = Generator[None, None, TrialOutcome]
 
 NOT_BUILT_IN = ("structured_outputs_regex", "group_port", "server_base_url", "server_host", "server_port")
 """Keys of the `vllm` section that a colocated engine is not built from."""
@@ -57,6 +59,17 @@ class Runner(AbstractContextManager["Runner"]):
         """Run one trial to its end, whatever that is, and return its outcome, which is also in its folder: a failed
         trial has one, too. `watch` is called with its progress whenever that changes. Raises OSError where the run
         folder cannot be written, and what interrupts the wait, such as `KeyboardInterrupt`, once the trial is gone."""
+        with closing(self.start(spec, watch)) as trial:
+            while True:
+                try:
+                    next(trial)
+                except StopIteration as end:
+                    return cast(TrialOutcome, end.value)
+                self._wait(POLL_S)
+
+    def start(self, spec: TrialSpec, watch: Watch | None = None) -> Trial:
+        """The same for a parent that looks at several runners: it resumes this now and then, until it returns the
+        outcome. Closing it ends the trial."""
         folder, kills = prepare_folder(self._run_dir, spec), kernel_kills()
         if (lost := self._recovery.lost()) is not None:
             return self._written(TrialOutcome(number=spec.number, **lost._asdict()), folder)
@@ -66,11 +79,11 @@ class Runner(AbstractContextManager["Runner"]):
                 return served
             spec, server_s = served
             attempt, warm = self._give(spec, folder, watch)
-            end = self._until_end(attempt)
+            end = yield from _until_end(attempt)
             if warm and not end.taken_up:  # the worker ended before it took the trial up
                 self._retire()
                 attempt, _ = self._give(spec, folder, watch)
-                end = self._until_end(attempt)
+                end = yield from _until_end(attempt)
             if end.ending is not None:
                 self._retire()
             outcome = self._outcome(attempt, end, kills, server_s)
@@ -172,11 +185,6 @@ class Runner(AbstractContextManager["Runner"]):
         worker.order(folder)
         return worker
 
-    def _until_end(self, attempt: Attempt) -> AttemptEnd:
-        while (end := attempt.look()) is None:
-            self._wait(POLL_S)
-        return end
-
     def _outcome(self, attempt: Attempt, end: AttemptEnd, kills: int, server_s: float = 0.0) -> TrialOutcome:
         log = attempt.folder / LOG_FILE
         ending = end.ending if end.code is None else ending_of_exit(end.code, kernel_kills() > kills, log)
@@ -185,6 +193,12 @@ class Runner(AbstractContextManager["Runner"]):
         elapsed_s, warm = attempt.elapsed_s + server_s, written.warm and not server_s
         update = {"elapsed_s": elapsed_s, "startup_s": started_s, "warm": warm, "rung": _rung(attempt.spec, written)}
         return self._written(written.model_copy(update=update), attempt.folder)
+
+
+def _until_end(attempt: Attempt) -> Generator[None, None, AttemptEnd]:
+    while (end := attempt.look()) is None:
+        yield
+    return end
 
 
 def _rung(spec: TrialSpec, outcome: TrialOutcome) -> str | None:

@@ -5,21 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from grpo_autotune.hardware.places import Place
 from grpo_autotune.processes.guarded import PYTHON, Guarded, without_rank
 
 CHILD = "grpo_autotune.trials.child.worker"
 
 
 class Worker(Guarded):
-    """A process that runs one trial after another. Its output goes to `log` until the trial leads it to its own; more
-    than one process are ranks under `torchrun`, which run the one trial in `folder`."""
+    """A process that runs one trial after another, all on its `place` where it has one. Its output goes to `log` until
+    the trial leads it to its own; more than one process are ranks under `torchrun`, which run the one trial in
+    `folder`."""
 
-    def __init__(self, folder: Path, log: Path, world_size: int = 1) -> None:
+    def __init__(self, folder: Path, log: Path, world_size: int = 1, place: Place | None = None) -> None:
         words = [*PYTHON, "-m", CHILD]
         if world_size > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
             words = [sys.executable, *launch, "-m", CHILD, str(folder.absolute())]
-        super().__init__(words, log, without_rank(), subprocess.PIPE)
+        environment = without_rank()
+        with contextlib.nullcontext() if place is None else place.pinned():
+            environment |= {} if place is None else place.environment(world_size, environment)
+            super().__init__(words, log, environment, subprocess.PIPE)
 
     def order(self, folder: Path) -> bool:
         """Name a trial to run; return whether the process is alive to read it."""

@@ -1,0 +1,97 @@
+"""Two workers on a core each against one: trials per minute, and whether the search ends with the same winner.
+
+    python -m benchmarks.search_workers [FOLDER] [SEARCHES]
+
+Each of so many searches, with a seed of its own, runs three times: by one worker on one core, by two workers on a core
+each, and by one worker on both cores, as a search without `--workers` does. Trials per minute are those of the search's
+middle (from the first trial after the probe to the last one before what runs alone), by the times at which the trials'
+files were written. `FOLDER` keeps the searches: one that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.result import ratio, write
+from grpo_autotune.config.schema import load_config
+from grpo_autotune.records.search import SearchReport, TrialRow
+from grpo_autotune.search.folder import SearchFolder, load_search
+
+BUDGET_S = 150
+SEARCHES = 5
+WAYS = {"one core": (1, "1"), "two workers": (2, "2"), "both cores": (2, "1")}
+"""Way of searching -> cores that are open to it, and `--workers`."""
+OVERRIDES = [
+    "grpo.eval_strategy=no", "grpo.eval_on_start=false", "grpo.per_device_train_batch_size=4",
+    "grpo.gradient_accumulation_steps=8", "grpo.gradient_checkpointing=true", "grpo.save_strategy=no",
+    "search.knobs={grpo.per_device_train_batch_size: [4, 8, 16, 32], grpo.gradient_checkpointing: [true, false], "
+    "speedups: [none, auto], model.attn_implementation: [eager, sdpa], data.image_size: null, "
+    "grpo.num_generations: null, grpo.dataloader_num_workers: null}",
+]  # fmt: skip
+MIDDLE = ("models", "sampler", "again")
+"""Sources of the trials that workers share."""
+
+
+def main() -> None:
+    """Run the searches and write `docs/benchmarks/search_workers.json`."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/search_workers")
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else SEARCHES
+    rows = [_searched(folder, seed, way) for seed in range(count) for way in WAYS]
+    by = {(row["seed"], row["way"]): row for row in rows}
+
+    def over(way: str) -> dict[str, float]:
+        two = (by[seed, "two workers"]["trials_per_minute"] for seed in range(count))
+        return ratio([rate / by[seed, way]["trials_per_minute"] for seed, rate in enumerate(two)])
+
+    same = [by[seed, "two workers"]["winner"] == by[seed, "both cores"]["winner"] for seed in range(count)]
+    ratios = {
+        "trials per minute of two workers over one on one core": over("one core"),
+        "trials per minute of two workers over one on both cores": over("both cores"),
+        "same winner": {"median": sum(same) / count, "low": min(same), "high": max(same), "n": count},
+    }
+    path = write("search_workers", f"python -m benchmarks.search_workers {folder} {count}", rows, ratios)
+    sys.stdout.write(f"{ratios}\n{path}\n")
+
+
+def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
+    cores, workers = WAYS[way]
+    place = SearchFolder(folder / f"{seed}-{way.replace(' ', '-')}")
+    if not place.report.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f"{seed}.yaml"
+        own.write_text(load_config("demo", [*OVERRIDES, f"search.seed={seed}"]).to_yaml(), encoding="utf-8")
+        words = ["-m", "grpo_autotune", "search", str(own), "--budget", f"{BUDGET_S}s", "--workers", workers]
+        first = set(sorted(os.sched_getaffinity(0))[:cores])
+        subprocess.run(
+            [sys.executable, *words, "--run-dir", str(place.path)],
+            check=True, stdout=sys.stderr, preexec_fn=lambda: os.sched_setaffinity(0, first),
+        )  # fmt: skip
+    report = load_search(place.path)
+    trials, minutes = _middle(place, report)
+    best = {"speedup": report.best.speedup, "ci": report.best.ci, "raced": report.best.raced}
+    return {
+        "seed": seed, "way": way, "trials": len(trials), "minutes": minutes,
+        "trials_per_minute": len(trials) / minutes, "winner": report.best.changed, **best,
+        "own_step_s": report.baseline.step_s, "elapsed_s": report.elapsed_s, "others": _others(report),
+        "notes": [note for note in report.notes if note.startswith("Worker")],
+    }  # fmt: skip
+
+
+def _middle(place: SearchFolder, report: SearchReport) -> tuple[list[TrialRow], float]:
+    """The trials that workers share, and the minutes from the first one's order to the last one's outcome."""
+    trials = [row for row in report.trials if row.source in MIDDLE and row.purpose == "timed"]
+    begun = min((place.trial(row.number) / "spec.json").stat().st_mtime for row in trials)
+    ended = max((place.trial(row.number) / "outcome.json").stat().st_mtime for row in trials)
+    return trials, (ended - begun) / 60.0
+
+
+def _others(report: SearchReport) -> float | None:
+    return None if report.others is None else report.others.cores
+
+
+if __name__ == "__main__":
+    main()

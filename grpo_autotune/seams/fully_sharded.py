@@ -1,0 +1,84 @@
+"""FSDP2 (torch's `fully_shard`, by accelerate) under TRL: its units, and what the libraries leave undone there.
+
+- transformers' `generate` lets no rank stop before all are done where it has sharded the model itself; accelerate's
+  sharding it does not see, and the rank that is done leaves the others in a gather that never ends.
+- TRL's loss takes the weight of the output layer without calling the layer. Where accelerate makes that layer a unit of
+  its own (models with images whose embeddings are not tied), its gradient is of each rank's own rows alone.
+- TRL shards the reference model as one unit, so that each forward holds all its weights at once; and where only the
+  first rank has read them (`cpu_ram_efficient_loading`), the others' parts are left as they came from memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from grpo_autotune.errors import ConfigError, nearest_hint
+from grpo_autotune.seams.trainer_access import base_of
+
+
+def units(model: Any) -> Iterator[Any]:
+    """Modules of a model that `fully_shard` manages."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def gathers(module: Any) -> bool:
+    """True if the forward of a module gathers weights from all ranks, so that all must run it: units of FSDP2, weights
+    of DeepSpeed's ZeRO-3."""
+    return next(units(module), None) is not None or any(hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def whole(tensor: Any) -> Any:
+    """A weight in one piece; one that is in parts is gathered, by all ranks together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def mend(model: Any) -> None:
+    """Have all ranks generate together, and the loss find the output layer gathered, once `model` is sharded."""
+    base = base_of(model)
+    if next(units(model), None) is None or getattr(base, "_is_fsdp_managed_module", False):
+        return
+    base._is_fsdp_managed_module = True
+    head = base.get_output_embeddings()
+    if hasattr(head, "unshard"):
+        model.register_forward_pre_hook(lambda *_: head.unshard())
+
+
+def fit(plugin: Any, model: Any) -> None:
+    """Name the layers to shard by, where nobody has: those which the model's parts name and it has, of the decoder and
+    of the vision tower. ConfigError for a name without a layer, at which accelerate would stop."""
+    layers = {type(module).__name__ for module in model.modules()}
+    known = sorted(layers & set(base_of(model)._no_split_modules or ()))
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = known
+    for name in {*plugin.transformer_cls_names_to_wrap} - layers:
+        fix = nearest_hint(name, layers, f"Leave it out: {', '.join(known)}.")
+        where = "grpo.fsdp_config.transformer_layer_cls_to_wrap"
+        raise ConfigError(f"the model has no layer {name}", where=where, fix=fix)
+
+
+@contextmanager
+def reference_by_layers() -> Iterator[None]:
+    """Trainers built inside shard their reference model as the policy is sharded."""
+    from trl.trainer import grpo_trainer
+
+    def prepare(model: Any, accelerator: Any) -> Any:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        fit(accelerator.state.fsdp_plugin, model)
+        model = fsdp2_prepare_model(accelerator, model.requires_grad_(False))
+        model.register_forward_hook(_resharded)
+        return model.eval()
+
+    before, grpo_trainer.prepare_fsdp = grpo_trainer.prepare_fsdp, prepare
+    try:
+        yield
+    finally:
+        grpo_trainer.prepare_fsdp = before
+
+
+def _resharded(model: Any, *_: Any) -> None:
+    """Free what a forward has gathered: no backward does it."""
+    for unit in units(model):
+        unit.reshard()

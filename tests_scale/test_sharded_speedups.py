@@ -1,0 +1,37 @@
+"""Speed-ups on two processes that share weights or gradients: they learn what plain TRL does, and nobody waits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests_scale.launch import launch
+
+EXACT = 1e-5
+"""Relative difference of weights that the order of float32 sums explains."""
+
+WORDS = (
+    "zero1=text", "zero2=mixed", "zero2=mixed, tower trained", "zero3=text", "zero3=mixed", "zero3 not gathered=text",
+    "fsdp2=text", "fsdp2=mixed, tower trained",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found, of all combinations in one launch."""
+    models, out = tiny("qwen3").parent, tmp_path_factory.mktemp("sharded")
+    assert {tiny(kind).parent for kind in ("qwen3_vl", "llama")} == {models}
+    done = launch("tests.support.sharded_ranks", str(models), str(out), "2", *WORDS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((out / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.timeout(600)
+def test_weights_and_rewards_are_those_of_plain_trl(found: list[dict[str, Any]], word: str) -> None:
+    for told in (ranks[word] for ranks in found):
+        assert told["sharded"] and told["same_rewards"] and told["apart"] < EXACT, told
