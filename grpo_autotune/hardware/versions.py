@@ -103,8 +103,7 @@ def unheld_trl() -> str | None:
 
 
 def check_log_probs(device: str) -> None:
-    """EnvironmentProblem where the installed TRL cannot compute log-probs on this kind of device: 1.15 does it by
-    Triton kernels alone (`trl/kernels/chunked_logprob.py`)."""
+    """EnvironmentProblem where TRL 1.15 has no GPU for its Triton kernels (`trl/kernels/chunked_logprob.py`)."""
     present = TRL.present()
     if present is not None and present[1].startswith("1.15.") and device not in ("cuda", "xpu"):
         what = f"TRL {present[1]} computes log-probs by Triton kernels, which do not run on this device ({device})"
