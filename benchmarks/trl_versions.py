@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware.versions import check_log_probs
@@ -46,14 +47,14 @@ GRPO: dict[str, Any] = {
 
 
 def sums_in_torch() -> None:
-    """Have TRL's log-probs take the functions of TRL 1.16, which need no Triton."""
-    import trl  # noqa: F401 - its package first
+    """Have TRL's log-probs take the functions of the newest TRL, which need no Triton."""
+    from trl.trainer import utils
 
-    name = KERNELS.removesuffix(".py").replace("/", ".")
-    spec = importlib.util.spec_from_file_location(name, WHEELS / NEWEST / KERNELS)
+    spec = importlib.util.spec_from_file_location("trl.kernels.chunked_logprob", WHEELS / NEWEST / KERNELS)
     assert spec is not None and spec.loader is not None
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    utils._ChunkedLogProbFunction = kernels.ChunkedLogProbFunction
 
 
 def half_dead(completions: list[Any], **columns: Any) -> list[float]:
@@ -113,14 +114,14 @@ def resumed(model: Path, folder: Path) -> dict[str, Any]:
     from grpo_autotune.train import trainer
     from tests.support import training
 
-    trainer.check_log_probs = lambda device: None  # type: ignore[attr-defined]  # `sums_in_torch`
     config = training.text_config(model, folder, {"speedups": "auto"}, save_steps=2)
-    trainer.run_training(config, folder / "whole")
-    os.environ |= {"KILL_AT_CALL": "3", "KILL_SIGNAL": "15"}
-    training._calls = 0
-    stopped = trainer.run_training(config, folder / "cut")
-    del os.environ["KILL_AT_CALL"]
-    ended = trainer.run_training(config, folder / "cut", resume=True)
+    with patch.object(trainer, "check_log_probs"):  # as `sums_in_torch`
+        trainer.run_training(config, folder / "whole")
+        os.environ |= {"KILL_AT_CALL": "3", "KILL_SIGNAL": "15"}
+        training._calls = 0
+        stopped = trainer.run_training(config, folder / "cut")
+        del os.environ["KILL_AT_CALL"]
+        ended = trainer.run_training(config, folder / "cut", resume=True)
     pairs = zip(*(training.losses(folder / name) for name in ("whole", "cut")), strict=True)
     return {"steps": ended.steps, "stopped_after": stopped.steps, "losses": max(abs(a - b) for a, b in pairs)}
 
@@ -130,14 +131,14 @@ def here(short: bool) -> dict[str, Any]:
     from importlib.metadata import version
 
     row: dict[str, Any] = {name: version(name) for name in ("trl", "transformers", "peft")}
+    from grpo_autotune.commands.imports import mend_torchvision
+
+    mend_torchvision()
     try:
         check_log_probs("cpu")
     except EnvironmentProblem as error:
         row["refused_on_cpu"] = str(error)
         sums_in_torch()
-    from grpo_autotune.commands.imports import mend_torchvision
-
-    mend_torchvision()
     from grpo_autotune.registry import names
     from tests.support.exactness_ranks import rows_of
     from tests.support.tiny import tiny_model

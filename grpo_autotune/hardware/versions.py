@@ -40,7 +40,11 @@ class Package(NamedTuple):
 
 
 TRL = Package(
-    "trl", ">=1.12,<2", ("1.12.0", "1.13.0", "1.14.2", "1.16.0"), True, "its methods are what is measured and patched"
+    "trl",
+    ">=1.12,<2",
+    ("1.12.0", "1.13.0", "1.14.2", "1.15.0", "1.16.0"),
+    True,
+    "its methods are what is measured and patched",
 )
 """Each of these releases was held against itself without this package (`make test-trl`, trl_versions.json of the
 benchmarks): every speed-up, and all of them together. With another one micro steps are compared as it trains."""
@@ -85,9 +89,9 @@ def _newer() -> Iterator[str]:
             yield f"{row.distribution} {present[1]} is newer than what was tried (to {row.tried[-1]})"
 
 
-def unheld() -> bool:
-    """True if speed-ups were not held against the installed versions: another TRL, or what is newer than tried."""
-    return unheld_trl() is not None or any(_newer())
+def unheld() -> str | None:
+    """What is installed and speed-ups were not held against, in words: another TRL, or what is newer than tried."""
+    return unheld_trl() or next(_newer(), None)
 
 
 def unheld_trl() -> str | None:
@@ -99,8 +103,7 @@ def unheld_trl() -> str | None:
 
 
 def check_log_probs(device: str) -> None:
-    """EnvironmentProblem where the installed TRL cannot compute log-probs on this kind of device: 1.15 does it by
-    Triton kernels alone (`trl/kernels/chunked_logprob.py`)."""
+    """EnvironmentProblem where TRL 1.15 has no GPU for its Triton kernels (`trl/kernels/chunked_logprob.py`)."""
     present = TRL.present()
     if present is not None and present[1].startswith("1.15.") and device not in ("cuda", "xpu"):
         what = f"TRL {present[1]} computes log-probs by Triton kernels, which do not run on this device ({device})"

@@ -23,8 +23,8 @@ class Crew:
 
     @property
     def idle(self) -> list[str | None]:
-        """Places whose workers have no trial."""
-        return [place for place in self._places if place not in self._busy]
+        """Places whose workers have no trial; none as long as an outcome was not taken, from which the next follows."""
+        return [place for place in self._places if place not in self._busy and not self._ended]
 
     @property
     def is_busy(self) -> bool:

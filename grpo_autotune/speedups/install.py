@@ -106,7 +106,7 @@ class SpeedUps:
 
     def _to_compare(self) -> str | None:
         """The reason why whole micro steps are to be compared with plain ones, in words; None without any."""
-        return "speedups_check is always" if self._check == "always" else unheld() or foreign_code(self._trainer)
+        return "speedups_check: always" if self._check == "always" else unheld() or foreign_code(self._trainer)
 
     def _why_not(self, speedup: SpeedUp) -> str | None:
         return (

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
+from grpo_autotune.seams.layers import INNER, OUTERMOST, Next, take_off
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -149,9 +149,10 @@ class Gradients:
         self._weights = weights
         self._before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]
         self._taken: dict[int, torch.Tensor] = {}
+        self._handles: list[Any] = []
         for weight in weights:
             weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-            weight.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
             size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 has emptied it
             sampled = len(range(0, size, _distance(size)))
             self._taken[id(weight)] = torch.zeros(sampled, device=weight.device)
@@ -167,6 +168,7 @@ class Gradients:
         return torch.cat(list(self._taken.values()))
 
     def put_back(self) -> None:
+        take_off(self._handles)  # first: None in place of a hook leaves it in autograd
         for weight, (gradient, hooks) in zip(self._weights, self._before, strict=True):
             weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
 

@@ -31,7 +31,7 @@ NEEDS: list[tuple[dict[str, Any], str]] = [
         "model.attn_implementation: flash_attention_3 needs the package kernels, which is not installed. "
         "Install it (pip install kernels), or write sdpa.",
     ),
-    ({"grpo": {"deepspeed": "zero3.json"}}, "grpo.deepspeed: this key needs the package deepspeed, which"),
+    ({"grpo": {"deepspeed": "zero3"}}, "grpo.deepspeed: this key needs the package deepspeed, which"),
     (
         {"model": {"attn_implementation": "kernels-community/flash-attn3"}},
         "model.attn_implementation: kernels-community/flash-attn3 needs the package kernels",

@@ -28,7 +28,9 @@ def depends_on_partition(trainer: Any) -> str | None:
     terms = micro_batch_terms_of(trainer)
     if terms:
         return terms[0].reason
-    other = unheld_trl() or overridden(trainer, MICRO_BATCH) or foreign_hook(trainer.model)
+    if (untried := unheld_trl()) is not None:
+        return f"{untried}: its loss may depend on the micro batch"
+    other = overridden(trainer, MICRO_BATCH) or foreign_hook(trainer.model)
     return None if other is None else f"{other}, which may depend on the micro batch"
 
 
