@@ -47,7 +47,7 @@ def deepspeed_keys(value: str | Mapping[str, Any]) -> dict[str, Any]:
     given = dict(value)
     name, offload = given.pop("name", None), given.pop("offload", None)
     if name is not None:
-        if name not in ZERO:
+        if not isinstance(name, str) or name not in ZERO:
             fix = nearest_hint(str(name), ZERO, f"Names: {', '.join(ZERO)}; or give a JSON file.")
             raise ConfigError(f"there is no {name}", where=WHERE, fix=fix)
         given = _over({**BESIDE, "zero_optimization": {**OF_ALL, **ZERO[name], **_offloaded(name, offload)}}, given)

@@ -90,7 +90,7 @@ def _newer() -> Iterator[str]:
 
 
 def unheld() -> str | None:
-    """What is installed and speed-ups were not held against, in words: another TRL, or what is newer than tried."""
+    """An installed package that speed-ups were not held against, in words: another TRL, or one newer than tried."""
     return unheld_trl() or next(_newer(), None)
 
 

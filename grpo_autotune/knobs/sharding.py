@@ -34,6 +34,8 @@ def zero_value(key: str, config: RunConfig) -> Any:
 def zero_values(key: str, context: KnobContext, own: Any) -> tuple[Any, ...]:
     """The user's own, and the other stages where there are several ranks, or the other device beside a GPU."""
     usable = context.config.batch.processes > 1 if key == STAGE else context.gpus
+    adam = str(context.config.grpo.get("optim") or "adamw_torch_fused") in ("adamw_torch", "adamw_torch_fused")
+    usable = usable and (adam or key != OFFLOAD_OPTIMIZER)  # accelerate puts DeepSpeed's Adam in another's place
     others = (1, 2, 3) if key == STAGE else ("none", "cpu")
     return (own, *(value for value in others if value != own)) if own is not None and usable else ()
 
@@ -47,6 +49,8 @@ def zero_rule(key: str, context: KnobContext, value: Any) -> str | None:
         return f"{key} 3 shares no weights in 4 bits (model.load_in_4bit)"
     if value == "cpu" and not context.gpus:
         return f"{key} cpu saves nothing without a GPU"
+    if not zero_value(STAGE, config) and zero_value(OFFLOAD_OPTIMIZER, config) not in (None, "none"):
+        return f"{OFFLOAD_OPTIMIZER} needs a stage from 1 on"
     if zero_value(STAGE, config) != 3 and zero_value(OFFLOAD_PARAMETERS, config) not in (None, "none"):
         return f"{OFFLOAD_PARAMETERS} needs stage 3"
     return None

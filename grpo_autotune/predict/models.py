@@ -118,7 +118,8 @@ class Models:
         facts = replace(load.facts, micro_batch=batch, generation_rows=batch, passes=calls, iterations=1)
         facts = replace(facts, group=plan.eval_generations)
         work = replace(load, facts=facts, generations=calls, rows_loaded=float(calls * batch), merged=1.0, waves=1.0)
-        return self.step_s(config, work, ("backward", "optimizer", "weight_sync", "engine", "log_save_eval"))
+        learns = ("backward", "optimizer", "weight_sync", "engine", "log_save_eval")
+        return self.step_s(config, work, learns if load.sent else (*learns, "collectives"))  # DDP's are gradients
 
     def stages_s(self, config: RunConfig) -> dict[str, Interval]:
         held: dict[str, list[tuple[float, float]]] = {}

@@ -67,7 +67,7 @@ def batch_of(folder: Path) -> tuple[int, list[int]]:
 class SavedBy(NamedTuple):
     """The processes that saved a checkpoint, and how they shared the model."""
 
-    kind: str  # `WHOLE`, `ZeRO-1 or 2`, `ZeRO-3`, `FSDP (FULL_STATE_DICT)`
+    kind: str  # `WHOLE`, `ZeRO-0`, `ZeRO-1 or 2`, `ZeRO-3`, `FSDP (FULL_STATE_DICT)`
     processes: int  # 1 where nothing tells
 
 
@@ -77,6 +77,8 @@ def saved_by(folder: Path) -> SavedBy:
     if parts := list(folder.glob("global_step*/*_optim_states.pt")):
         whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
         return SavedBy("ZeRO-1 or 2" if whole else "ZeRO-3", len(parts))
+    if any(folder.glob("global_step*")):
+        return SavedBy("ZeRO-0", told)
     of_fsdp = (f"FSDP ({kind})" for kind, name in FSDP_FILES.items() if (folder / name).exists())
     return SavedBy(next(of_fsdp, WHOLE), told)
 

@@ -4,6 +4,7 @@ The marker of each checkpoint holds the completions per step and every number of
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from grpo_autotune.config.batch import BatchPlan
 from grpo_autotune.config.schema import RunConfig
@@ -37,6 +38,13 @@ def with_kept_batch(config: RunConfig, folder: RunFolder, say: Callable[[str], N
         )
     say(f"{had}; as many for the same prompts on {plan.processes}: {_told(keys)} (their answers are drawn anew)")
     return config.model_copy(update={"grpo": {**config.grpo, **keys}})
+
+
+def with_this_batch(args: Any, completions: int, processes: list[int]) -> list[int]:
+    """Numbers of `processes` that a checkpoint names, where they had the batch of these arguments of TRL; none where
+    the user has changed it since."""
+    here = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return processes if completions == here else []
 
 
 def accumulated(config: RunConfig, before: int) -> dict[str, int] | None:

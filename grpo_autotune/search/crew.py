@@ -45,8 +45,10 @@ class Crew:
                 self._wait(LOOK_S)
         return self._ended.pop(0)
 
-    def leave_out(self, place: str | None) -> None:
+    def leave_out(self, place: str | None) -> bool:
+        """Take a worker away; False where it was the last."""
         self._places.remove(place)
+        return bool(self._places)
 
     def give_up(self) -> None:
         """End every trial that is under way, and give its combination back."""

@@ -257,7 +257,11 @@ class Leaderboard:
 
     def seconds(self, entry: Entry) -> float:
         """Seconds per step of a run, evaluations and checkpoints included, at the machine's first pace."""
-        return entry.step.value / self.pace.at(entry.number) + entry.aside_s
+        return entry.step.value / self._pace(entry) + entry.aside_s
+
+    def _pace(self, entry: Entry) -> float:
+        """The machine's pace when an entry was measured; that of a worker's place is over the first pace already."""
+        return self.pace.at(entry.number) if entry.place is None else 1.0
 
     def worth(self, config: RunConfig) -> float:
         """Useful completions per step over those of the user's configuration."""
@@ -274,7 +278,7 @@ class Leaderboard:
         value, low, high, n = self._ratios[names]
         doubt = self.pace.doubt if n > 1 else math.inf
         factor = self.worth(faster.config) / self.worth(slower.config)
-        factor *= self.pace.at(faster.number) / self.pace.at(slower.number)
+        factor *= self._pace(faster) / self._pace(slower)
         return self.bounded(scaled(Interval(value, low / doubt, high * doubt, n), factor), slower, faster)
 
     def bounded(self, ratio: Interval, slower: Entry, faster: Entry) -> Interval:

@@ -8,7 +8,7 @@ after every trial. Every step can be taken up again from the files of the folder
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -71,7 +71,7 @@ class Session:
         self._ended: Ended = "budget"
         self._why_ended = "the budget is spent"
         self._proposals = 0
-        self._failures: list[str] = []
+        self._failures = defaultdict[str | None, list[str]](list)  # by place
 
     def run(self, recalled: Recalled) -> SearchReport:
         """Search, and leave report and configurations in the folder. ConfigError where the budget is too small,
@@ -112,14 +112,20 @@ class Session:
     def _loop(self) -> None:
         """Measure the most promising until nothing is, or the time for it is over."""
         while True:
-            while self._ended != "failing" and (idle := self._crew.idle):
-                order = self._next_order(idle[0])
-                if order is None:
-                    break
-                self._crew.give(order)
+            while self._ended != "failing" and self._give_next():
+                pass
             if not self._crew.is_busy:
                 return
             self._take(*self._crew.next_ended())
+
+    def _give_next(self) -> bool:
+        """Give the first idle worker that has one its next trial."""
+        for place in self._crew.idle:
+            self._ended = "budget"
+            if (order := self._next_order(place)) is not None:
+                self._crew.give(order)
+                return True
+        return False
 
     def _next_order(self, place: str | None) -> Order | None:
         """The next trial of an idle worker; None where it waits for the others, or the loop is over. What does not fit
@@ -129,19 +135,18 @@ class Session:
         self._why_ended = "no other trial fits into what is left of the budget"
         if place is not None and place not in self._board.paces:  # not even the user's own did
             return None
-        while True:
-            ranking = self._rank(place)
-            self._keep_for_the_end()
-            spent_share = 1.0 - self._budget.search_left_s / (self._budget.total_s - self._budget.end_s)
-            late = not ranking.proposals or spent_share > QUESTIONS_AT
-            claim, source = (None, "") if late and self._questions() else self._next(ranking, place)
-            if claim is not None:
-                return self._evaluator.order(claim.knobs, source, self._budget.search_left_s, claim, place)
-            if self._crew.is_busy:
-                return None
-            if not self._questions():
-                break
+        ranking = self._rank(place)
+        self._keep_for_the_end()
+        spent_share = 1.0 - self._budget.search_left_s / (self._budget.total_s - self._budget.end_s)
+        late = not ranking.proposals or spent_share > QUESTIONS_AT
+        claim, source = (None, "") if late and self._questions() else self._next(ranking, place)
+        if claim is not None:
+            return self._evaluator.order(claim.knobs, source, self._budget.search_left_s, claim, place)
+        if self._crew.is_busy:
+            return None
+        if self._questions():
             self._judge_rewards()
+            return self._next_order(place)
         if self._evaluator.share(place) < 1.0:
             return self._next_order(None)
         if not ranking.proposals:
@@ -158,10 +163,10 @@ class Session:
             self._leave_out_failing(spec.place)
             return
         if entry is not None:
-            self._failures.clear()
+            self._failures[spec.place].clear()
             self._pool.add_neighbours(entry.knobs)
         else:
-            self._count_failure()
+            self._count_failure(spec.place)
         self._save_best()
 
     def _look_at_pace(self, place: str | None) -> Order | None:
@@ -182,10 +187,13 @@ class Session:
         failed = [row for row in self._log.rows if row.place == place and row.source == "again" and row.status != "ok"]
         if place is None or place in self._board.paces or len(failed) < OWN_FAILURES:
             return
-        self._crew.leave_out(place)
-        why = f"{place} could not measure your configuration ({failed[-1].status}: {failed[-1].why})"
-        self._log.said.append(f"{why}: the search goes on without it")
-        if not self._crew.idle and not self._crew.is_busy:
+        self._leave_out(place, f"{place} could not measure your configuration ({failed[-1].status}: {failed[-1].why})")
+
+    def _leave_out(self, place: str | None, why: str) -> None:
+        """Go on without a worker, or end the search where it was the last."""
+        if self._crew.leave_out(place):
+            self._log.said.append(f"{why}: the search goes on without it")
+        else:
             self._ended, self._why_ended = "failing", why
 
     def _keep_for_the_end(self) -> None:
@@ -253,16 +261,16 @@ class Session:
             self._rewards.judge(key, value, QUESTIONS_ROOM * self._budget.search_left_s)
         self._save_best()
 
-    def _count_failure(self) -> None:
-        """End a search whose trials fail one after another for a reason that no knob explains."""
-        last = self._log.rows[-1]
+    def _count_failure(self, place: str | None) -> None:
+        """Leave out a worker whose trials fail one after another for a reason that no knob explains."""
+        last, failures = self._log.rows[-1], self._failures[place]
         if last.status in ("oom", "timeout", "invalid"):
-            self._failures.clear()
+            failures.clear()
             return
-        self._failures.append(last.status)
-        if len(self._failures) >= FAILURES and len(set(self._failures)) == 1:
-            why = f"{len(self._failures)} trials in a row ended with {last.status}: {last.why or 'no reason'}"
-            self._ended, self._why_ended = "failing", why
+        failures.append(last.status)
+        if len(failures) >= FAILURES and len(set(failures)) == 1:
+            why = f"{len(failures)} trials in a row ended with {last.status}: {last.why or 'no reason'}"
+            self._leave_out(place, f"{place}: {why}" if place else why)
 
     def _measure_shared(self) -> None:
         """Measure here the best combinations of the other machines of a shared study."""

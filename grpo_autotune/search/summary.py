@@ -177,19 +177,17 @@ def _notes(board: Leaderboard) -> Iterator[str]:
 
 def _workers(evaluator: Evaluator) -> Iterator[str]:
     """The trials of each worker, what its place and the others cost it, and what befell it."""
-    places = evaluator.log.task.places
+    places = evaluator.log.task.places if evaluator.budget.total_s else ()
     for place in places:
         numbers = [str(row.number) for row in evaluator.log.rows if row.place == place.name]
-        slower = f"took x {evaluator.slower(place.name):.2f} of its seconds alone"
-        if place.name not in evaluator.board.paces:
-            slower = "could not be measured"
-        yield (
-            f"Worker on {place.name}: {plural(len(numbers), 'trial')} ({', '.join(numbers)}); your configuration "
-            f"{slower} there, which is taken out of its trials' seconds."
-        )
+        slower = f"took x {evaluator.slower(place.name):.2f} of its seconds alone there"
+        known = f"{slower}, which is taken out of its trials' seconds"
+        known = known if place.name in evaluator.board.paces else "was not measured there"
+        which = f" ({', '.join(numbers)})" if numbers else ""
+        yield f"Worker on {place.name}: {plural(len(numbers), 'trial')}{which}; your configuration {known}."
     if places:
         device = places[0].name if places[0].gpus else "the whole machine"
-        yield f"Probe, rewards, worst case, race and ablation ran alone on {device}; leaders, too, as time was left."
+        yield f"All others ran alone on {device}; leaders were measured there once more, as time was left."
     yield from evaluator.log.said
 
 

@@ -1,5 +1,6 @@
 """A speed-up is compared with the plain path once, on first use, and leaves the work to TRL where the two disagree."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -51,19 +52,18 @@ class SelfCheck:
         return self.passed
 
     def _agree(self, plain: Values, fast: Values, dtype: torch.dtype, what: str, again: Values | None) -> bool:
+        failed = None  # a rank that fails goes on to where the others wait for it
         with torch.no_grad():
-            wanted = plain().double()
+            wanted = values = plain().double()
             try:
                 values = fast().double()
             except FAILURES as error:
                 if is_of_the_machine(error):
                     raise
-                self._installed.fall_back(f"its self-check failed: {type(error).__name__}: {first_line(error)}")
-                return False
+                failed = f"its self-check failed: {type(error).__name__}: {first_line(error)}"
         if values.shape != wanted.shape:
-            self._installed.fall_back(f"its self-check found {what} of shape {tuple(values.shape)}")
-            return False
-        self.difference = relative_difference(values, wanted)
+            failed = f"its self-check found {what} of shape {tuple(values.shape)}"
+        self.difference = math.inf if failed else relative_difference(values, wanted)
         most = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
         limit = most if again is None else LEAST.get(dtype, most)
         if again is not None and self._any_rank(not self.difference <= limit):
@@ -74,7 +74,7 @@ class SelfCheck:
         if not self._any_rank(differs):
             return True
         off = f"off by {self.difference:.1e} (limit {limit:.0e})" if differs else "off on another rank"
-        self._installed.fall_back(f"its self-check found {what} {off}")
+        self._installed.fall_back(failed or f"its self-check found {what} {off}")
         return False
 
 

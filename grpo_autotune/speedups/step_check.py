@@ -96,15 +96,25 @@ class StepCheck(Installed):
             SelfCheck(verdict).run(plain, fast, dtype, what, again if relative else None)
             return verdict.fell_back
 
+        parts, why = self._on(), None
         try:
             with nullcontext() if exact else without_dropout(self.trainer.model):
-                while (parts := [one for one in self._parts if not one.fell_back]) and (why := differs()) is not None:
+                while parts and (why := differs()) is not None:
                     alone = {one: differs([other for other in parts if other is not one]) for one in parts}
                     guilty = {one: reason for one, reason in alone.items() if reason} or dict.fromkeys(parts, why)
                     for one, reason in guilty.items():
                         one.fall_back(reason)
+                    parts = self._on()
         except torch.OutOfMemoryError:
+            for one in parts if why else ():
+                one.fall_back(str(why))
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
+
+    def _on(self) -> list[Installed]:
+        """The speed-ups that are on, on some rank: all ranks compare equally often."""
+        accelerator = self.trainer.accelerator
+        on = torch.tensor([[one.fell_back is None for one in self._parts]], device=accelerator.device).int()
+        return [one for one, here in zip(self._parts, accelerator.gather(on).any(0).tolist(), strict=True) if here]
 
     def _tried(
         self,
@@ -131,11 +141,11 @@ class StepCheck(Installed):
             drawn = torch.rand(1, device=sampled.device), torch.rand(1).to(sampled.device)
         finally:
             self._trying = False
+            gradients.put_back()
             fell_back = {one: one.fell_back for one in self._parts} | fell_back
             state.put_back()
             for one, reason in fell_back.items():
                 one.fell_back = reason
-            gradients.put_back()
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
         state.size = state.size or float(sampled.square().mean().sqrt()) or 1.0
         return torch.cat([sampled / state.size, others * math.sqrt(len(sampled) / len(others))])
@@ -150,12 +160,13 @@ class Gradients:
         self._before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]
         self._taken: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
-        for weight in weights:
-            weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-            self._handles.append(weight.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
+        for weight in weights:  # memory may run out here, with nothing changed
             size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 has emptied it
             sampled = len(range(0, size, _distance(size)))
             self._taken[id(weight)] = torch.zeros(sampled, device=weight.device)
+        for weight in weights:
+            weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
 
     def _take(self, weight: torch.Tensor) -> None:
         assert weight.grad is not None

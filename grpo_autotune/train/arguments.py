@@ -29,7 +29,11 @@ from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.runs.choose import STRATEGIES, mode_of
 from grpo_autotune.seams.sharding import asked_for
 
-LAUNCHED = {name: value for name, value in os.environ.items() if name == USE or name.startswith("FSDP_")}
+LAUNCHED = {
+    name: value
+    for name, value in os.environ.items()
+    if name in (USE, "ACCELERATE_USE_DEEPSPEED") or name[:5] == "FSDP_"
+}
 """Variables of `accelerate launch`, as they were before a trainer of this process set its own."""
 
 
@@ -152,7 +156,7 @@ def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:
     notes = [] if note is None else [note]
     os.environ[USE] = "true"
     for name, value in options.items():
-        words = ",".join(value) if isinstance(value, list) else str(value)
+        words = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         os.environ[VARIABLES[name]] = words.lower() if isinstance(value, bool) else words
     if options.get("activation_checkpointing"):
         keys["gradient_checkpointing"] = False

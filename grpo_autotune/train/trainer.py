@@ -23,6 +23,7 @@ from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.registry import resolve
 from grpo_autotune.runs.checkpoints import batch_of
 from grpo_autotune.runs.folder import RunFolder, Start, enter, find_start
+from grpo_autotune.runs.kept_batch import with_this_batch
 from grpo_autotune.seams import fully_sharded, mixed_image_rows
 from grpo_autotune.speedups.install import speed_up
 from grpo_autotune.speedups.selection import chosen
@@ -230,15 +231,14 @@ def run_training(
     overrides = {**(grpo_overrides or {}), "output_dir": str(folder.checkpoints)}
     trainer = build_trainer(config, phase=phase, grpo_overrides=overrides, callbacks=callbacks, say=say)
     if start.checkpoint is not None:
-        trainer.earlier_processes = batch_of(start.checkpoint.path)[1]
+        trainer.earlier_processes = with_this_batch(trainer.args, *batch_of(start.checkpoint.path))
+        fit_checkpoint(trainer, start.checkpoint.path)
     trainer.accelerator.wait_for_everyone()  # every rank has looked for checkpoints before one of them tidies up
     if trainer.is_world_process_zero():
         enter(folder, config, start, say)
     trainer.accelerator.wait_for_everyone()  # and reads the log once it is cut
     if resume:
         say(_start_line(folder, start))
-    if start.checkpoint is not None:
-        fit_checkpoint(trainer, start.checkpoint.path)
     log = TrainLog(folder.log, lambda: memory_share(trainer.args.device))
     trainer.add_callback(log)  # before those that read the line
     with as_warning("measures of our own are not logged"):  # an unknown TRL may lack what they are read from

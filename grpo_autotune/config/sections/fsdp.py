@@ -49,7 +49,7 @@ def checked(options: Mapping[str, Any], where: str = WHERE) -> dict[str, Any]:
         fix = "Set it to 2 (accelerate to-fsdp2 converts accelerate's own file), or leave it out."
         raise ConfigError("FSDP1 is not supported", where=f"{where}.version", fix=fix)
     if isinstance(layers := options.get("transformer_layer_cls_to_wrap"), str):
-        options["transformer_layer_cls_to_wrap"] = layers.split(",")
+        options["transformer_layer_cls_to_wrap"] = [name.strip() for name in layers.split(",")]
     check_values(where, options, KEYS)
     if options.get("activation_checkpointing") and options.get("auto_wrap_policy") == "NO_WRAP":
         what = "activation_checkpointing is done layer by layer, and NO_WRAP names none"
@@ -100,7 +100,8 @@ def asked(grpo: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[dict[str
 
 def _of_words(words: Any) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for word in words.lower().split() if isinstance(words, str) else words if isinstance(words, list) else ():
+    given = words.split() if isinstance(words, str) else words if isinstance(words, list) else ()
+    for word in (str(word).lower() for word in given):
         if word in STRATEGIES:
             options["reshard_after_forward"] = STRATEGIES[word]
         elif word == "offload":

@@ -25,7 +25,7 @@ def fit_checkpoint(trainer: Any, folder: Path) -> None:
     """Make a checkpoint ready for the processes of this run, on all of them; ConfigError where it cannot be."""
     saved, plugin = saved_by(folder), trainer.accelerator.state.deepspeed_plugin
     stage = None if plugin is None else plugin.zero_stage
-    here = f"ZeRO-{'3' if stage == 3 else '1 or 2'}" if stage else WHOLE
+    here = WHOLE if plugin is None else "ZeRO-3" if stage == 3 else "ZeRO-1 or 2" if stage else "ZeRO-0"
     if trainer.is_fsdp_enabled:
         here = f"FSDP ({trainer.accelerator.state.fsdp_plugin.state_dict_type.name})"
     if saved.kind != here:
@@ -34,7 +34,7 @@ def fit_checkpoint(trainer: Any, folder: Path) -> None:
             where=str(folder),
             fix="Resume as it was saved, or `grpo-autotune merge` it and train that: the optimizer's state is lost.",
         )
-    if trainer.args.sync_ref_model and trainer.ref_model is not None and here not in (WHOLE, "ZeRO-1 or 2"):
+    if trainer.args.sync_ref_model and trainer.ref_model is not None and here == "ZeRO-3":
         what = f"the reference model that followed the policy is in no checkpoint under {here}"
         raise ConfigError(what, where="grpo.sync_ref_model", fix="Begin anew under ZeRO-1 or 2 to be able to resume.")
     if stage and saved.processes != trainer.args.world_size:

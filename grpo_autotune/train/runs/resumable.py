@@ -145,6 +145,7 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         if checkpoint is None:
             return
         settle(self, Path(checkpoint))
+        self._load_reference(Path(checkpoint))
         self._skip_shuffles(int(self.state.epoch or 0))
         path = Path(checkpoint) / rank_file(self.args.process_index)
         path = path if path.is_file() else path.with_name(rank_file(0))  # of a rank that was not there
@@ -161,7 +162,6 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
             self._metrics[mode] = defaultdict(list, metrics)
         self._restore_completions(json.loads(state["completions"]))
         self._resumed_losses = {name: state[name] for name in ("loss_sum", "last_logged")}
-        self._load_reference(Path(checkpoint))
 
     def _parts(self, state: dict[str, Any]) -> int:
         """Micro batches that one of a saved state's is here, at the same rows per step and generation; 0 for none."""
@@ -270,7 +270,10 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._reference_moves() and (folder / REFERENCE_FILE).is_file():
             weights = torch.load(folder / REFERENCE_FILE, map_location="cpu", weights_only=True, mmap=True)
             reference = self.accelerator.unwrap_model(self.ref_model)
-            set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
+            if self.is_fsdp_enabled:
+                set_model_state_dict(reference, weights, options=StateDictOptions(full_state_dict=True))
+            else:
+                reference.load_state_dict(weights)
 
     def _reference_moves(self) -> bool:
         """True for a reference model that follows the policy; under ZeRO 3 DeepSpeed has it in parts."""
