@@ -34,9 +34,10 @@ test test-fast test-long test-vllm test-scale: export OMP_NUM_THREADS := 1 # one
 test: .venv/.installed ## run the test suite, all but what test-long has
 	$(NICE) $(BIN)/python -m pytest tests -m "not long" -n auto --dist loadfile
 
-test-long: .venv/.installed .venv-vllm/.installed ## run the tests that take most of a minute each, which no other suite has
+test-long: .venv/.installed .venv-vllm/.installed .venv-scale/.installed ## run the tests that take most of a minute each, which no other suite has
 	$(BIN)/python -m pytest tests -m long
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m long
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale -m long
 
 test-fast: .venv/.installed ## run the tests that neither train, load a model nor start a process
 	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n auto
@@ -95,7 +96,7 @@ test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own e
 
 # AFTER: a target to wait for where several are made at once
 test-scale: .venv-scale/.installed | $(AFTER) ## run the tests of training on several processes with DeepSpeed, in an environment of its own
-	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m pytest tests_scale -m "not long"
 
 test-trl: .venv/.installed $(TRLS:%=.venv-trl/%/.installed) ## try every version of TRL in turn: ten minutes; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.trl_versions --versions $(TRLS) --write

@@ -103,6 +103,7 @@ def test_parts_become_one_model(trained: tuple[Path, str], capsys: pytest.Captur
     assert gap(load_file(place / "merged" / "model.safetensors"), weights(place / "full-ddp")) < EXACT
 
 
+@pytest.mark.long
 def test_other_numbers_of_processes(trained: tuple[Path, str], tiny: Tiny) -> None:
     """Two processes, then one for a step, then two: what DDP learns on the same way."""
     place, model, plan = trained[0], tiny("qwen3"), []
