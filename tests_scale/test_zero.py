@@ -121,8 +121,7 @@ def test_other_numbers_of_processes(trained: tuple[Path, str], tiny: Tiny) -> No
     assert said.count("checkpoint-2 was saved at world size 2 and is read at 1") == 2
     back = [{"config": values(model, place, STAGES[n]), "folder": f"{place}/moved-{n}", "resume": True} for n in names]
     back.append({"config": values(model, place, "zero3"), "folder": f"{place}/killed", "resume": True})
-    fsdp = {"config": values(model, place), "folder": f"{place}/fsdp", "env": {"ACCELERATE_USE_FSDP": "true"}}
-    said = train_all([*back, fsdp], place / "back.json", ends=1)
+    said = train_all(back, place / "back.json")
     assert said.count("checkpoint-3 was saved at world size 1 and is read at 2") == 2
     assert not list(place.rglob("*_universal"))
     for name in ("zero2", "zero3"):
@@ -130,4 +129,3 @@ def test_other_numbers_of_processes(trained: tuple[Path, str], tiny: Tiny) -> No
         close(place / f"moved-{name}", place / "moved-ddp")
         assert gap(weights(place / f"moved-{name}"), weights(place / "moved-ddp")) < EXACT
     assert log_lines(place / "killed") == log_lines(place / "lora-zero3")
-    assert "ACCELERATE_USE_FSDP: sharding was asked for, and each of 2 processes holds the whole model" in said
