@@ -62,17 +62,11 @@ def numbers(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    """A full fine-tune whose output layer is a unit of its own, with images on one of the processes alone, and LoRA:
-    as plain DDP has them; each goes on from the middle as it would have gone on."""
+    """A full fine-tune whose output layer is a unit of its own, with images, and LoRA: as plain DDP has them."""
     untied = copy.deepcopy(CONFIGS["qwen3_vl"])
     untied["tie_word_embeddings"] = untied["text_config"]["tie_word_embeddings"] = False
     vision = save_random_model(untied, tmp_path / "untied", tokenizer=build_tokenizer(TEXTS), min_pixels=28 * 28)
-    seeing = picture_config(vision, tmp_path, {"peft": None, "data": {"path": str(tmp_path / "some.jsonl")}}, **SGD)
-    rows = [json.loads(line) for line in (tmp_path / "pictures.jsonl").read_text().splitlines()]
-    some = [{**row, "images": [] if n in (1, 2) else [row.pop("image")]} for n, row in enumerate(rows)]
-    for row in some:
-        row.pop("image", None)
-    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
+    seeing = picture_config(vision, tmp_path, {"peft": None}, **SGD)
     adapted = text_config(tiny("llama"), tmp_path, **SGD)
     pairs = [
         written(tmp_path, "whole_ddp", seeing),

@@ -75,8 +75,9 @@ def test_a_checkpoint_tells_who_saved_it(tmp_path: Path) -> None:
     states = [f"global_step2/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(3)]
     assert saved_by(saved(tmp_path / "two", two, *states)) == ("ZeRO-1 or 2", 3)
     assert saved_by(saved(tmp_path / "three", three, *states)) == ("ZeRO-3", 3)
-    seal(saved(tmp_path / "plain", "optimizer.pt"), 4)
+    seal(saved(tmp_path / "plain", "optimizer.pt"), 4, 64)
     assert saved_by(tmp_path / "plain") == ("no sharding", 4)
+    assert saved_by(saved(tmp_path / "zero", two)).kind == "ZeRO-0"
     fit_checkpoint(prepared(stage=1, ranks=3), tmp_path / "two")
     fit_checkpoint(prepared(), tmp_path / "plain")
     for trainer, place in ((prepared(), "two"), (prepared(stage=3), "two"), (prepared(stage=2), "plain")):
