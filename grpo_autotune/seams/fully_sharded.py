@@ -1,9 +1,7 @@
 """FSDP2 (torch's `fully_shard`, by accelerate) under TRL: its units, and what the libraries leave undone there.
 
-- transformers' `generate` lets no rank stop before all are done where it has sharded the model itself; accelerate's
-  sharding it does not see, and the rank that is done leaves the others in a gather that never ends.
 - TRL's loss takes the weight of the output layer without calling the layer. Where accelerate makes that layer a unit of
-  its own (models with images whose embeddings are not tied), its gradient is of each rank's own rows alone.
+  its own (models with images whose embeddings are not tied), its gradient is wrong, so that it may not be trained.
 - TRL shards the reference model as one unit, so that each forward holds all its weights at once; and where only the
   first rank has read them (`cpu_ram_efficient_loading`), the others' parts are left as they came from memory.
 """
@@ -34,15 +32,15 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def mend(model: Any) -> None:
-    """Have all ranks generate together, and the loss find the output layer gathered, once `model` is sharded."""
+def check_output_layer(model: Any) -> None:
+    """ConfigError for a sharded `model` whose output layer is a unit of its own, and trained."""
     base = base_of(model)
-    if next(units(model), None) is None or getattr(base, "_is_fsdp_managed_module", False):
-        return
-    base._is_fsdp_managed_module = True
-    head = base.get_output_embeddings()
-    if hasattr(head, "unshard"):
-        model.register_forward_pre_hook(lambda *_: head.unshard())
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    if hasattr(head, "unshard") and head.weight.requires_grad and not tied:
+        what = "the output layer, whose weight is not the embeddings', would get wrong gradients from TRL's loss"
+        fix = "Train an adapter (a peft section), or share the model by grpo.deepspeed: zero3."
+        raise ConfigError(what, where="grpo.fsdp_config", fix=fix)
 
 
 def fit(plugin: Any, model: Any) -> None:

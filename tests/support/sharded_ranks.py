@@ -81,7 +81,7 @@ class _Mend(TrainerCallback):
     """What the package's own trainer does once the model is sharded."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        fully_sharded.mend(model)
+        fully_sharded.check_output_layer(model)
 
 
 def _whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
