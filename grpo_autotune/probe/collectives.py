@@ -40,12 +40,13 @@ class Collectives:
         # kinds of works under way, of events, and of what was last begun on streams beside the computing one
         self._kinds: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._streams: dict[Any, str] = {}
-        self._computing = None if recorder.timer is None else torch.cuda.current_stream()
+        self._computing: torch.cuda.Stream | None = None
 
     def install(self) -> list[Handle]:
         """Put the layers on; none where there is one rank."""
         if self._trainer.accelerator.num_processes == 1:
             return []
+        self._computing = None if self._recorder.timer is None else torch.cuda.current_stream()
         begin, rows = Collectives._begin, list[tuple[Any, str, Callable[..., Any]]]()
         for beginning, kind in KINDS.items():
             names = [name for name in vars(ProcessGroup) if re.match(beginning, name)]
