@@ -82,9 +82,12 @@ def test_one_process_shares_nothing(tmp_path, kind, more, dtype, why) -> None:
     assert result.config["grpo"].get("fp16", False) == ("float16" in more)
 
 
-def test_deepspeed_that_is_not_at_hand_keeps_its_path(tmp_path) -> None:
+def test_deepspeed_that_is_not_at_hand_is_told_and_the_rest_loads(tmp_path) -> None:
     result = imported(tmp_path, start="NPROC_PER_NODE=2 swift rlhf", more="--deepspeed far/away.json")
-    assert result.config["grpo"]["deepspeed"] == "far/away.json"
+    row = next(row for row in result.rows if row.key == "deepspeed")
+    assert "deepspeed" not in result.config["grpo"]
+    lost = "the file is not at hand: what it says of the run is lost"
+    assert (row.kind, row.why) == ("changes", f"{lost}, and nothing is sharded: set `grpo.deepspeed`")
 
 
 def test_accelerate_says_processes_and_zero(tmp_path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.config.sections.fsdp import of_file
+from grpo_autotune.config.zero import ZERO as STAGES
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading.files import beside, text_of, yaml_settings
 from grpo_autotune.interop.source import Setting, Source
@@ -26,6 +27,7 @@ RUN: dict[str, tuple[str, ...]] = {  # DeepSpeed's key -> the keys of `grpo` tha
 }  # fmt: skip
 SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 BLOCKS = ("optimizer", "scheduler")  # blocks that would win over the keys of the run, and are left out
+LOST = "the file is not at hand: what it says of the run is lost"
 ALONE = "One process has nothing to share: dropped"
 
 
@@ -61,6 +63,9 @@ def apply_deepspeed(to: Translation, key: str, config: Any, *, adapter: bool) ->
     values = file or (_flat(config) if isinstance(config, Mapping) else {})
     for name, value in values.items():
         _say(to, name, value, in_file=name in file)
+    if (to.world_size or 1) > 1 and not values and str(config) not in STAGES:
+        to.changes(key, {}, f"{LOST}, and nothing is sharded: set `grpo.deepspeed`")
+        return
     if (to.world_size or 1) > 1:
         kept = {name: "auto" if name in (*BATCH, *RUN) else value for name, value in values.items()}
         kept = {name: value for name, value in kept.items() if name.partition(".")[0] not in BLOCKS}
@@ -72,7 +77,7 @@ def apply_deepspeed(to: Translation, key: str, config: Any, *, adapter: bool) ->
     notes = {
         ALONE: True, "what it moved off the GPU stays there": moved,
         "ZeRO keeps 32-bit weights beside the 16-bit ones, as here": master,
-        "the file is not at hand: what it says of the run is lost": not values,
+        LOST: not values,
     }  # fmt: skip
     note = "; ".join(text for text, holds in notes.items() if holds)
     to.verdict("converted" if values and master else "speed" if values else "changes", key, master, note)
