@@ -2,8 +2,8 @@
 
     python -m benchmarks.search_workers [FOLDER] [SEARCHES]
 
-Each of so many searches, with a seed of its own, runs three times: by one worker on one core, by two workers on a core
-each, and by one worker on both cores, as a search without `--workers` does. Trials per minute are those of the search's
+Each of so many searches, with a seed of its own, runs twice: by one worker on one core, and by two workers on a core
+each. Trials per minute are those of the search's
 middle (from the first trial after the probe to the last one before what runs alone), by the times at which the trials'
 files were written. `FOLDER` keeps the searches: one that is there is not run again.
 """
@@ -23,7 +23,7 @@ from grpo_autotune.search.folder import SearchFolder, load_search
 
 BUDGET_S = 150
 SEARCHES = 5
-WAYS = {"one core": (1, "1"), "two workers": (2, "2"), "both cores": (2, "1")}
+WAYS = {"one worker": (1, "1"), "two workers": (2, "2")}
 """Way of searching -> cores that are open to it, and `--workers`."""
 OVERRIDES = [
     "grpo.eval_strategy=no", "grpo.eval_on_start=false", "grpo.per_device_train_batch_size=4",
@@ -42,15 +42,12 @@ def main() -> None:
     count = int(sys.argv[2]) if len(sys.argv) > 2 else SEARCHES
     rows = [_searched(folder, seed, way) for seed in range(count) for way in WAYS]
     by = {(row["seed"], row["way"]): row for row in rows}
-
-    def over(way: str) -> dict[str, float]:
-        two = (by[seed, "two workers"]["trials_per_minute"] for seed in range(count))
-        return ratio([rate / by[seed, way]["trials_per_minute"] for seed, rate in enumerate(two)])
-
-    same = [by[seed, "two workers"]["winner"] == by[seed, "both cores"]["winner"] for seed in range(count)]
+    pairs = [(by[seed, "one worker"], by[seed, "two workers"]) for seed in range(count)]
+    same = [one["winner"] == two["winner"] for one, two in pairs]
     ratios = {
-        "trials per minute of two workers over one on one core": over("one core"),
-        "trials per minute of two workers over one on both cores": over("both cores"),
+        "trials per minute of two workers over one": ratio(
+            [two["trials_per_minute"] / one["trials_per_minute"] for one, two in pairs]
+        ),
         "same winner": {"median": sum(same) / count, "low": min(same), "high": max(same), "n": count},
     }
     path = write("search_workers", f"python -m benchmarks.search_workers {folder} {count}", rows, ratios)
