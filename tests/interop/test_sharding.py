@@ -82,9 +82,10 @@ def test_one_process_shares_nothing(tmp_path, kind, more, dtype, why) -> None:
     assert result.config["grpo"].get("fp16", False) == ("float16" in more)
 
 
-def test_deepspeed_that_is_not_at_hand_keeps_its_path(tmp_path) -> None:
+def test_deepspeed_that_is_not_at_hand_is_left_out_and_said(tmp_path) -> None:
     result = imported(tmp_path, start="NPROC_PER_NODE=2 swift rlhf", more="--deepspeed far/away.json")
-    assert result.config["grpo"]["deepspeed"] == "far/away.json"
+    (said,) = [row for row in result.rows if row.key == "deepspeed"]
+    assert "deepspeed" not in result.config["grpo"] and (said.kind, said.to) == ("changes", {})
 
 
 def test_accelerate_says_processes_and_zero(tmp_path) -> None:

@@ -65,7 +65,10 @@ def apply_deepspeed(to: Translation, key: str, config: Any, *, adapter: bool) ->
         kept = {name: "auto" if name in (*BATCH, *RUN) else value for name, value in values.items()}
         kept = {name: value for name, value in kept.items() if name.partition(".")[0] not in BLOCKS}
         note = "values that are not auto must equal the run's, or transformers stops"
-        to.speed(key, note, {"grpo.deepspeed": nested(kept) if kept else config})
+        if kept:
+            to.speed(key, note, {"grpo.deepspeed": nested(kept)})
+        else:
+            to.changes(key, {}, "the file is not at hand: name it in grpo.deepspeed; until then nothing is shared")
         return
     moved = any("offload" in name and value in ("cpu", "nvme") for name, value in values.items())
     master = {} if adapter or to.values.get("model.dtype") == "float32" else master_weights(to)
