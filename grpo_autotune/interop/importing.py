@@ -26,6 +26,10 @@ MODULES: Final = {  # framework -> its module, where that has another name
     **dict.fromkeys(("open-r1", "r1-v", "vlm-r1", "unsloth"), "trl_family"),
 }  # fmt: skip
 NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")  # frameworks whose keys lie inside each other
+OPENED: Final[Mapping[str, Sequence[str] | None]] = {  # framework -> mappings that hold settings of its own; None: all
+    **dict.fromkeys(NESTED), "ms-swift": ("train", "rollout", "teacher", "ENV", "model_kwargs"),
+}  # fmt: skip
+SHIPPED = re.compile(r"(\./)?(config/)?ppo_(megatron_)?trainer\.yaml")  # in verl itself, with its defaults
 KEYS: Final[Mapping[str, Sequence[str]]] = {  # framework -> beginnings of keys that it has, all of them; the first wins
     "easyr1": (r"worker\.(actor|rollout)\.", r"(data|algorithm|trainer)\."),
     "verl": (r"actor_rollout_ref\.",),
@@ -98,7 +102,7 @@ def _of_yaml(path: Path, text: str, framework: str | None, environment: Mapping[
     settings = yaml_settings(text, path.name)
     framework = framework or recognised(settings, path)
     given = {name.removeprefix("env."): setting for name, setting in settings.items() if name.startswith("env.")}
-    flat = settings if framework in NESTED else yaml_settings(text, path.name, nested=False)
+    flat = yaml_settings(text, path.name, OPENED.get(framework, ()))
     settings = resolved(with_defaults(flat, path), environment)
     return Source(framework, path, settings, environment=given, hints=dict(PIN.findall(text)))
 
@@ -199,7 +203,7 @@ def _of_launch(
     warnings = list(script.warnings)
     if file := _config_of(framework, settings, given, first):
         base = _named(path, file, framework, script)
-        if base is None:
+        if base is None and not (framework == "verl" and SHIPPED.fullmatch(file)):
             warnings.append(f"{file} is not beside this file: what it sets is not read")
         settings = (base or {}) | settings
     for name, line in {name: word.line for word in launch.arguments for name in word.missing}.items():
@@ -232,7 +236,7 @@ def _named(path: Path, file: str, framework: str, script: Shell) -> dict[str, Se
     place = path if text is not None else beside(path, file)
     if place is None:
         return None
-    settings = yaml_settings(text_of(place) if text is None else text, name, nested=framework in NESTED)
+    settings = yaml_settings(text_of(place) if text is None else text, name, OPENED.get(framework, ()))
     settings = with_defaults(settings, place)
     return {key: replace(setting, file=setting.file or name) for key, setting in settings.items()}
 

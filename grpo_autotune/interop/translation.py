@@ -189,6 +189,13 @@ class Translation:
             self.dropped(key, UNKNOWN)
         if self.batch is None:
             raise ConfigError("no batch size", where=self.source.path.name)
+        for row in self.rows.values():  # what stands in no file
+            place = next((path for path in ("model.name_or_path", "data.path") if path in row.to), None)
+            if place and row.value in ("", None):
+                fix = "Give the variable behind it with --env NAME=VALUE, or write it into the file."
+                raise ConfigError("it is empty", where=self.where(row.key), fix=fix)
+            if place and "$(" in str(row.value):
+                self.warnings.append(f"{self.where(row.key)} is known only where the script runs: correct {place}")
         rows = sorted(self.rows.values(), key=lambda row: (row.line is None, row.file or "", row.line or 0, row.key))
         numbers = {letter: int(value) for letter, value in zip("GPCEDm", vars(self.batch).values(), strict=True)}
         return Imported(

@@ -154,6 +154,10 @@ def test_easyr1(text: str, expected: float, write: Callable[..., Any]) -> None:
     assert write("easyr1", text, **arguments)(**BATCH) == [pytest.approx(expected), 0.0]
 
 
+def test_easyr1s_function_of_one_completion_by_the_configuration(write: Callable[..., Any]) -> None:
+    assert write("easyr1_each", EASYR1_SEQUENTIAL.replace("REWARD_TYPE", "KIND"))(**BATCH) == [1.0, 0.0]
+
+
 def test_a_plugin_of_swift(write: Callable[..., Any]) -> None:
     assert write("swift", SWIFT, "sums", scale=3)(**BATCH) == [3.0, 0.0]
 

@@ -76,6 +76,10 @@ KL = {"algorithm.use_kl_loss": True, "algorithm.kl_penalty": "low_var_kl", "algo
         ({}, "vllm.sleep_level", 1),
         ({"algorithm.online_filtering": True, "trainer.max_try_make_batch": 6}, "resample.max_rounds", 6),
         ({"algorithm.online_filtering": True, "trainer.max_try_make_batch": -1}, "resample.max_rounds", 10),
+        ({"algorithm.online_filtering": True, "data.mini_rollout_batch_size": 128}, "resample.max_rounds", 5),
+        ({}, "grpo.vllm_importance_sampling_correction", False),
+        ({"trainer.val_freq": 5}, "eval_sampling", None),
+        ({f"{ACTOR}optim.warmup_style": "cosine"}, "grpo.lr_scheduler_type", "cosine"),
     ],
 )
 def test_a_setting_as_trl_has_it(values: dict[str, Any], path: str, expected: Any) -> None:
@@ -113,6 +117,39 @@ def test_names_and_defaults_of_early_2025() -> None:
     assert found == ("bnpo", 1e-3, 0.2, False)
 
 
+SAMPLED = {f"{ROLLOUT}val_override_config.n": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "path", "expected"),
+    [
+        ({}, "eval_sampling.temperature", 0),
+        (SAMPLED, "eval_sampling", None),
+        (SAMPLED, "grpo.entropy_coef", None),
+        ({"trainer.test_freq": None, "trainer.val_freq": 2}, "grpo.eval_steps", 8),
+        ({f"{ACTOR}optim.lr_warmup_ratio": 0.1}, "grpo.warmup_steps", 0.1),
+        (KL, "grpo.beta", 0.01),
+    ],
+)
+def test_names_that_came_in_spring_2025(values: dict[str, Any], path: str, expected: Any) -> None:
+    given = {key: value for key, value in (EARLY | values).items() if value is not None}
+    assert value_at(imported(given, "2025.2").config, path) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "version", "loss"),
+    [
+        ({"worker.reward.reward_type": "batch"}, "2025.6", "bnpo"),
+        ({"worker.reward.reward_type": "sequential", f"{ACTOR}dynamic_batching": True}, "2026.7", "dapo"),
+    ],
+)
+def test_each_micro_batch_had_its_own_mean_up_to_july_2025(values: dict[str, Any], version: str, loss: str) -> None:
+    outcome = imported(values)
+    assert (outcome.version, outcome.config["grpo"]["loss_type"]) == (version, loss)
+    style = "easyr1_each" if values["worker.reward.reward_type"] == "sequential" else "easyr1"
+    assert [*outcome.files] == [f"{style}_score.py"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -120,11 +157,12 @@ def test_names_and_defaults_of_early_2025() -> None:
         ({"worker.reward.reward_function": None}, "no file of a reward function"),
         ({f"{ROLLOUT}n": 1}, "one completion a prompt"),
         ({f"{ACTOR}ulysses_size": 3}, "8 GPUs cannot be divided"),
+        ({f"{ACTOR}model.model_path": ""}, "line 1: worker.actor.model.model_path: it is empty"),
     ],
 )
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        translated(source("easyr1", BASE | values))
+        translated(source("easyr1", BASE | values)).finished()
 
 
 def test_the_json_that_a_run_leaves_with_a_template_and_a_reward_beside_it(tmp_path: Path) -> None:

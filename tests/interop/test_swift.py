@@ -131,6 +131,19 @@ def test_worked_examples(tmp_path, text, name, numbers) -> None:
     assert (result.world_size, *(result.config["grpo"][key] for key in keys)) == numbers
 
 
+def test_rays_settings_by_their_own_lines(tmp_path) -> None:
+    text = "rlhf_type: grpo\nmodel: org/Model\ndataset: rows.jsonl\nreward_funcs: [format]\nglobal_batch_size: 16\n"
+    table = rows(imported(tmp_path, text + "train:\n  gpus: 4\n  lora_rank: 4\nENV: {MAX_PIXELS: 784}\n", "ray.yaml"))
+    assert [table[key].line for key in ("train.gpus", "train.lora_rank", "ENV.MAX_PIXELS")] == [7, 8, 9]
+
+
+def test_a_data_set_whose_prompts_are_written_in_code_is_said(tmp_path) -> None:
+    kept, written = (
+        rows(imported(tmp_path, command(dataset=name))) for name in ("rows.jsonl", "a/clevr_cogen_a_train")
+    )
+    assert (kept["dataset"].kind, written["dataset"].kind) == ("converted", "changes")
+
+
 @pytest.mark.parametrize(
     ("version", "key", "value"),
     [
@@ -312,7 +325,8 @@ def test_rewards_of_a_plugin(tmp_path) -> None:
     overlong, mine = result.config["rewards"]
     assert overlong["params"] == {"max_completion_len": 512, "soft_punish_cache": 64} and overlong["weight"] == 1.0
     assert mine["weight"] == 0.5 and f"{mine['name'].partition(':')[0]}.py" in result.files
-    assert "plugins/mine.py" in next(iter(result.files.values()))
+    assert "'plugins/mine.py'" in next(iter(result.files.values()))
+    assert "plugins/mine.py is not here" in rows(result)["external_plugins"].why
     assert rows(result)["reward_funcs"].kind == "converted"
 
 
@@ -324,6 +338,7 @@ def test_plugins_that_register_a_reward(tmp_path) -> None:
     (tmp_path / "rewards.py").write_text("orms['mine'] = Mine\n")
     sure = imported(tmp_path, text)
     assert [rows(result)["external_plugins"].kind for result in (unsure, sure)] == ["changes", "converted"]
+    assert repr(str(tmp_path / "rewards.py")) in next(iter(sure.files.values()))
     assert "model.py" in unsure.files["swift_mine.py"] and "rewards.py" in sure.files["swift_mine.py"]
 
 

@@ -60,6 +60,7 @@ def test_batches_of_public_scripts(values: dict[str, Any], world_size: int | Non
 
 
 KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
+OLD = {f"{ACTOR}checkpoint.contents": ["model"]}  # a key that only 0.4 has
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,14 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
          1.1),
         ({}, "grpo.lr_scheduler_type", "constant"),
         ({"model_engine": "veomni"}, "grpo.lr_scheduler_type", "cosine"),
+        ({"model_engine": "torchtitan"}, "grpo.lr_scheduler_type", None),  # TRL's default: linear, to 0
+        ({"model_engine": "automodel"}, "grpo.lr_scheduler_kwargs.min_lr_rate", 0.01),
+        ({f"{ACTOR}optim.lr_decay_style": "cosine", f"{ACTOR}optim.min_lr": 1e-7}, "grpo.lr_scheduler_kwargs.min_lr",
+         1e-7),
+        ({f"{ACTOR}optim.clip_grad": 0.5}, "grpo.max_grad_norm", 0.5),
+        ({f"{ACTOR}grad_clip": 0.5}, "grpo.max_grad_norm", None),
+        ({f"{ACTOR}grad_clip": 0.5, **OLD}, "grpo.max_grad_norm", 0.5),
+        ({f"{ACTOR}grad_clip": 0.5, **OLD, **MEGATRON}, "grpo.max_grad_norm", None),
         ({f"{ACTOR}optim.lr_decay_style": "linear"}, "grpo.lr_scheduler_type", "linear"),
         ({f"{ACTOR}optim.lr_warmup_steps": 10}, "grpo.warmup_steps", 40),
         ({f"{ACTOR}optim.lr_warmup_steps_ratio": 0.1}, "grpo.warmup_steps", 0.1),
@@ -116,6 +125,7 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({f"{ROLLOUT}free_cache_engine": False}, "vllm.enable_sleep_mode", None),
         ({}, "model.dtype", "float32"),
         ({f"{ACTOR}fsdp_config.dtype": "float16"}, "grpo.fp16", True),
+        ({f"{ACTOR}megatron.dtype": "float16"}, "grpo.fp16", True),
         ({f"{MODEL}lora_rank": 64}, "model.dtype", "bfloat16"),
         ({f"{MODEL}lora_rank": 64}, "peft.target_modules", "all-linear"),
         ({f"{MODEL}lora_adapter_path": "before", f"{MODEL}lora_rank": 8}, "peft", None),
@@ -125,7 +135,10 @@ KL = {f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.01}
         ({"data.train_files": "hdfs://me@host/a.parquet"}, "data.path", "hdfs://me@host/a.parquet"),
         ({"data.train_max_samples": 100}, "data.subsample", 100),
         ({"data.train_max_samples": 100, "data.shuffle": False}, "data.max_samples", 100),
-        ({f"{FILTER}enable": True, f"{FILTER}max_num_gen_batches": 7}, "resample.max_rounds", 7),
+        ({f"{FILTER}enable": True, f"{FILTER}max_num_gen_batches": 7}, "resample.max_rounds", 10),
+        ({f"{FILTER}enable": True, f"{FILTER}max_num_gen_batches": 7, **OLD}, "resample.max_rounds", 7),
+        ({f"{FILTER}enable": True, f"{FILTER}max_num_gen_batches": 7, "data.gen_batch_size": 1024, **OLD},
+         "resample.max_rounds", 14),
         ({"algorithm.norm_adv_by_std_in_grpo": False}, "grpo.scale_rewards", "none"),
         ({"trainer.experiment_name": "a/b c"}, "output.name", "a-b-c"),
         ({"trainer.logger": ["console", "wandb"]}, "grpo.report_to", ["wandb"]),
@@ -239,6 +252,10 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
         ({"actor_rollout_ref.hybrid_engine": False}, None, "actor_rollout_ref.hybrid_engine", "none"),
         ({"trainer.total_training_steps": 100, "trainer.total_epochs": 1}, None, "trainer.total_epochs", "changes"),
         ({f"{FILTER}enable": True}, "2025", f"{FILTER}enable", "same"),
+        ({f"{FILTER}enable": True, "data.gen_batch_size": 1024}, "2025.3", "data.gen_batch_size", "changes"),
+        ({f"{FILTER}enable": True, "data.gen_batch_size": 1024}, "2026.8", "data.gen_batch_size", "speed"),
+        ({f"{ACTOR}optim.min_lr": 1e-7}, None, f"{ACTOR}optim.min_lr", "same"),
+        ({f"{CORRECTION}rollout_rs_threshold_lower": 0.9}, None, f"{CORRECTION}rollout_rs_threshold_lower", "none"),
         ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "none"),
         ({f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "same"),
         ({f"{ACTOR}torchtitan.tensor_parallel_size": 2}, None, f"{ACTOR}torchtitan.tensor_parallel_size", "speed"),
@@ -253,8 +270,10 @@ def test_defaults_and_rollouts_of_older_versions() -> None:
     assert value_at(imported({}, "2025.3").config, "grpo.entropy_coef") == 0.001
     fetched = {"data.gen_batch_size": 1024}
     assert [imported(fetched, version).numbers["P"] for version in ("2026.1", "2026.8")] == [1024, 512]
-    read = source("verl", BASE, environment={"VLLM_ATTENTION_BACKEND": Setting("XFORMERS", 1)})
-    assert translated(read).finished().version == "2025"
+    variables = {"VLLM_ATTENTION_BACKEND": Setting("XFORMERS", 1)}
+    newer = {f"{ROLLOUT}checkpoint_engine.backend": "nccl"}
+    read = [source("verl", BASE | more, environment=variables) for more in ({}, newer)]
+    assert [translated(one).finished().version for one in read] == ["2025", "2026.8"]
 
 
 def test_a_reward_of_ones_own_and_the_penalty_of_length() -> None:
@@ -301,6 +320,12 @@ def test_a_script_from_its_text_to_a_configuration(tmp_path: Path) -> None:
     assert (outcome.source, outcome.numbers["G"], outcome.numbers["m"]) == ("verl", 8, 16)
     assert row(outcome, "data.train_batch_size").line == 5
     assert outcome.config["data"]["path"] == "~/data/train.parquet"
+    script.write_text(SCRIPT.replace("main_ppo", "main_ppo --config-path=config --config-name=ppo_megatron_trainer"))
+    assert import_file(script).finished().warnings == []
+    script.write_text(SCRIPT.replace("main_ppo", "main_ppo --config-path=/mine --config-name=ppo_trainer"))
+    assert "mine/ppo_trainer.yaml is not beside this file" in import_file(script).finished().warnings[0]
+    script.write_text(SCRIPT.replace("$HOME", "$(dirname $0)"))
+    assert "correct data.path" in import_file(script).finished().warnings[0]
 
 
 def test_a_copy_of_the_trainers_yaml(tmp_path: Path) -> None:

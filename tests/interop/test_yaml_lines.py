@@ -20,7 +20,7 @@ def test_settings_with_the_lines_of_their_keys() -> None:
 
 
 def test_flat_keys_keep_their_mappings() -> None:
-    assert yaml_settings("a:\n  b: 1\n", "x", nested=False) == {"a": Setting({"b": 1}, 1)}
+    assert yaml_settings("a:\n  b: 1\n", "x", ()) == {"a": Setting({"b": 1}, 1)}
 
 
 def test_json_with_tabs_and_a_later_document() -> None:

@@ -86,8 +86,8 @@ class Called:
             called = made(args=SimpleNamespace(**arguments)) if takes else made()
             self._arguments = {}
         self._function: Callable[..., Any] = called
-        self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style}")
-        self._sequential = getattr(module, "REWARD_TYPE", "batch") == "sequential"
+        self._calls: Callable[[Batch, list[str]], Calls] = getattr(self, f"_{style.partition('_')[0]}")
+        self._sequential = style == "easyr1_each" or getattr(module, "REWARD_TYPE", "batch") == "sequential"
         self._parameters = inspect.signature(called).parameters
         self.is_async = any(map(inspect.iscoroutinefunction, (called, type(called).__call__)))
 

@@ -89,7 +89,7 @@ else:
 
 STYLES: dict[str, tuple[str, dict[str, str], str]] = {  # style -> framework, columns, those by name
     "verl": ("verl", {"ground_truth": "reward_model.ground_truth"}, "ground_truth, data_source, extra_info=None, "),
-    "easyr1": ("EasyR1", {"ground_truth": "answer"}, "ground_truth, "),
+    **dict.fromkeys(("easyr1", "easyr1_each"), ("EasyR1", {"ground_truth": "answer"}, "ground_truth, ")),
     "swift": ("ms-swift", {}, ""),
 }
 

@@ -1,6 +1,7 @@
 """EasyR1: YAML with overrides of OmegaConf, and the `experiment_config.json` that a run leaves.
 
-Defaults are those of its classes at b44b311 (07/2026), and at 6241a21 (02/2025), which names some keys otherwise.
+Versions: 2025.2 (names of their own, up to April), 2025.6 (each micro batch's loss is a mean of its own, up to July),
+2026.7. Defaults are those of its classes at 6241a21, 3d1fc8f and b44b311.
 """
 
 from typing import Any
@@ -45,22 +46,27 @@ OLD_KEYS = {"epochs": "trainer.total_episodes", "val": "trainer.test_freq", "low
             "schedule": f"{OPTIM}warmup_style"}  # fmt: skip
 EARLY: dict[str, Any] = {  # defaults of 02/2025 that differ, under its names
     "algorithm.adv_estimator": "gae", **dict(zip(OLD_KL, (True, 1e-3, "low_var_kl"), strict=True)),
-    **dict(zip(OLD_KEYS.values(), (10, -1, 0.2, 0.2, 0.0, "constant"), strict=True)), f"{ACTOR}entropy_coeff": 1e-3,
-    f"{ACTOR}clip_ratio_dual": None, f"{ROLLOUT}gpu_memory_utilization": 0.5, MICRO: None,
-    "data.filter_overlong_prompts": False,
+    **dict(zip(OLD_KEYS.values(), (10, -1, 0.2, 0.2, 0.0, "constant"), strict=True)), f"{ACTOR}clip_ratio_dual": None,
+    f"{ROLLOUT}gpu_memory_utilization": 0.5, MICRO: None, "data.filter_overlong_prompts": False,
 }  # fmt: skip
+FIRST = {f"{ACTOR}entropy_coeff": 1e-3, f"{VALIDATION}temperature": 0}  # up to 18 March, when val_override_config came
 EARLY_MARKS = (*OLD_KL, "trainer.total_episodes", "trainer.test_freq", "worker.reward.compute_score")
+DYNAMIC, SCORED = f"{ACTOR}dynamic_batching", "worker.reward.reward_type"  # since 14 July 2025, and up to November
+VERSIONS = ("2025.2", "2025.6", "2026.7")
 
 
 def translate(source: Source, version: str | None = None, world_size: int | None = None) -> Translation:
     """The file's settings with EasyR1's defaults, each with its verdict. ConfigError for what TRL cannot train."""
-    t, is_early = _resolved(source, version, world_size)
-    keys = KEYS._replace(**OLD_KEYS) if is_early else KEYS
+    t = _resolved(source, version, world_size)
+    is_early, given = t.version == "2025.2", t.source.settings
+    old = [name for name in OLD_KEYS if OLD_KEYS[name] in given or (is_early and getattr(KEYS, name) not in given)]
+    keys = KEYS._replace(**{name: OLD_KEYS[name] for name in old})
     _batch(t, keys)
-    _loss(t, keys, is_early)
-    _kl(t, is_early)
+    _loss(t, keys)
+    _kl(t, is_early and not any(map(t.given, ("algorithm.use_kl_loss", "algorithm.disable_kl"))))
     _weights(t, keys)
     shared.engine(t, keys)
+    t.set("grpo.vllm_importance_sampling_correction", False, "EasyR1 has none; TRL's is on, and costs a pass")
     t.set("vllm.enable_sleep_mode", True, "EasyR1's engine always sleeps while weights are trained")
     t.set("vllm.sleep_level", 1)
     if positive(t, f"{ROLLOUT}limit_images"):
@@ -74,15 +80,17 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     return t
 
 
-def _resolved(source: Source, version: str | None, world_size: int | None) -> tuple[Translation, bool]:
-    if version not in (None, "2025.2", "2026.7"):
+def _resolved(source: Source, version: str | None, world_size: int | None) -> Translation:
+    if version not in (None, *VERSIONS):
         what = f"{version!r} is no version of EasyR1"
-        raise ConfigError(what, where="--source-version", fix="Known: 2025.2, 2026.7.")
+        raise ConfigError(what, where="--source-version", fix=f"Known: {', '.join(VERSIONS)}.")
     mark = next((key for key in EARLY_MARKS if key in source.settings), None)
-    is_early = version == "2025.2" if version else mark is not None
-    reason = "--source-version" if version else f"it has the key {mark}" if mark else "assumed, as no key tells"
-    defaults = DEFAULTS | (EARLY if is_early else {})
-    return Translation(source, defaults, "2025.2" if is_early else "2026.7", reason, world_size), is_early
+    name, reason = ("2025.2", f"it has the key {mark}") if mark else ("2026.7", "assumed, as no key tells")
+    if mark is None and SCORED in source.settings and DYNAMIC not in source.settings:
+        name, reason = "2025.6", f"it has the key {SCORED}, and no {DYNAMIC}"
+    name, reason = (version, "--source-version") if version else (name, reason)
+    first = {} if any(key.startswith(VALIDATION) for key in source.settings) else FIRST
+    return Translation(source, DEFAULTS | (EARLY | first if name == "2025.2" else {}), name, reason, world_size)
 
 
 def _batch(t: Translation, keys: Keys) -> None:
@@ -111,12 +119,12 @@ def _weights(t: Translation, keys: Keys) -> None:
         t.changes(f"{OPTIM}strategy", {}, note)
 
 
-def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
+def _loss(t: Translation, keys: Keys) -> None:
     """Form and averaging of the loss; EasyR1 weighs each micro batch by its tokens."""
     kind, average = str(t.value(LOSS)), str(t.value(AVERAGE))
     if kind not in ("default", "gspo", "gspo_token", "cispo", "sapo") or average not in ("token", "seq"):
         refuse(t, LOSS, f"TRL has no loss like {kind} with the average by {average}")
-    shared.clipping(t, keys, kind if kind in ("cispo", "sapo") else "clip", not is_early)
+    shared.clipping(t, keys, kind if kind in ("cispo", "sapo") else "clip", t.version != "2025.2")
     assert t.batch is not None
     form, note = {"token": "dapo", "seq": "grpo"}[average], ""
     if kind in ("cispo", "sapo"):
@@ -125,7 +133,7 @@ def _loss(t: Translation, keys: Keys, is_early: bool) -> None:
             note = f"TRL averages {kind} over {'tokens' if kind == 'cispo' else 'sequences'}"
     if average == "seq":
         note = "EasyR1 weighs the mean over a micro batch's sequences by its tokens: of one, that is by token"
-    elif is_early:
+    elif kind == "default" and t.version != "2026.7":
         form, micro = "bnpo", t.values["grpo.per_device_train_batch_size"]
         if micro != t.batch.micro_batch:
             note = f"the mean over the tokens of a micro batch: of {t.batch.micro_batch} completions, here of {micro}"
@@ -165,9 +173,9 @@ def _data(t: Translation, keys: Keys) -> None:
     shared.evaluation(t, keys, sampling, f"{VALIDATION}n")
     if on(t.value("algorithm.online_filtering")):
         low, high = (t.number(f"algorithm.filter_{end}") for end in ("low", "high"))
-        most, name = int(positive(t, "trainer.max_try_make_batch")), t.value("algorithm.filter_key")
+        tries, name = int(positive(t, "trainer.max_try_make_batch")), t.value("algorithm.filter_key")
         note = f"EasyR1 keeps groups with a mean of {name} from {low:g} to {high:g}; here those whose rewards differ"
-        t.changes("algorithm.online_filtering", {"resample.max_rounds": most if most > 1 else 10}, note)
+        shared.redraw(t, "algorithm.online_filtering", tries, "data.mini_rollout_batch_size", note)
 
 
 def _template(t: Translation, key: str, target: str, note: str) -> str | None:
@@ -193,5 +201,6 @@ def _reward(t: Translation) -> None:
         refuse(t, key, "no file of a reward function", "Name it there as FILE:FUNCTION.")
     named = str(t.value(key))
     path, _, function = named.rpartition(":") if ":" in named else (named, "", "main")
-    shared.reward(t, "easyr1", key, path, function, arguments)
-    unused(t, [f"worker.reward.reward_function_kwargs.{name}" for name in arguments], "in the adapter")
+    style = "easyr1_each" if t.value(SCORED) == "sequential" else "easyr1"  # later a constant of the function's file
+    shared.reward(t, style, key, path, function, arguments)
+    unused(t, [SCORED, *(f"worker.reward.reward_function_kwargs.{name}" for name in arguments)], "in the adapter")

@@ -162,6 +162,7 @@ def rollouts(t: Translation, key: str, targets: Mapping[str, Any], step_key: str
 def schedule(t: Translation, keys: Keys) -> None:
     """Warm-up and learning rate, which the source moves once per rollout, TRL once per optimizer step."""
     steps, kind, least = positive(t, keys.warmup_steps), str(t.value(keys.schedule)), positive(t, keys.least_rate)
+    floor = "min_lr_rate" if keys.least_rate.endswith("ratio") else "min_lr"
     ratio = positive(t, keys.warmup_ratio)
     if steps:
         rollouts(t, keys.warmup_steps, {}, "grpo.warmup_steps")
@@ -173,7 +174,7 @@ def schedule(t: Translation, keys: Keys) -> None:
     if kind in ("cosine", "linear"):
         has_floor = kind == "cosine" and least
         values = {"grpo.lr_scheduler_type": "cosine_with_min_lr" if has_floor else kind}
-        values |= {"grpo.lr_scheduler_kwargs": {"min_lr_rate": least}} if has_floor else {}
+        values |= {"grpo.lr_scheduler_kwargs": {floor: least}} if has_floor else {}
         t.converted(keys.schedule, values, "TRL moves it with each optimizer step, the source once per rollout")
     elif kind == "constant":
         t.converted(keys.schedule, values, "TRL's default falls to 0")
@@ -225,6 +226,14 @@ def evaluation(t: Translation, keys: Keys, sampling: Mapping[str, tuple[str, Any
     for name, (key, value) in sampling.items():
         if value is not None:
             t.same(key, f"eval_sampling.{name}", value)
+
+
+def redraw(t: Translation, key: str, tries: int, fetched_key: str, note: str) -> None:
+    """Groups without a difference are drawn again: as many prompts as the source's `tries` (0: any number) fetch."""
+    assert t.batch is not None
+    fetched = int(positive(t, fetched_key)) or t.batch.prompts
+    limit = f"; there {tries} generations of {fetched} prompts end the run, and here it goes on" if tries else ""
+    t.changes(key, {"resample.max_rounds": max(2, math.ceil(tries * fetched / t.batch.prompts) or 10)}, note + limit)
 
 
 def naming(t: Translation, keys: Keys) -> None:

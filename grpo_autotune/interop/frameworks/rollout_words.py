@@ -47,7 +47,6 @@ SAME: Mapping[str, Mapping[str, str]] = {  # settings with the same meaning unde
         "model.custom_chat_template": "model.chat_template",
         "model.enable_gradient_checkpointing": "grpo.gradient_checkpointing", "optim.lr": "grpo.learning_rate",
         "actor.freeze_vision_tower": "model.freeze_vision_tower", "actor.entropy_coeff": "grpo.entropy_coef",
-        "actor.grad_clip": "grpo.max_grad_norm", "optim.clip_grad": "grpo.max_grad_norm",
         "optim.weight_decay": "grpo.weight_decay", "rollout.temperature": "grpo.temperature",
         "rollout.top_p": "grpo.top_p", "rollout.quantization": "vllm.quantization",
         "rollout.max_model_len": "vllm.max_model_len", "rollout.limit_images": "vllm.limit_mm_per_prompt.image",
@@ -82,18 +81,18 @@ WORDS = {  # verdict, note, and keys or beginnings of keys, where nothing else w
 speed | TRL pads a micro batch to its longest completion; `speedups: auto` forwards a prompt once |
     model.use_remove_padding actor.use_remove_padding .use_prefix_grouper .pad_to_length
 speed | another kernel for the same numbers | model.use_fused_kernels .fused_kernel_options. .use_liger .tiled_mlp.
-    .enable_activation_offload actor.entropy_ .use_fused_kernels .use_torch_compile
+    .enable_activation_offload actor.entropy_ .use_fused_kernels .use_torch_compile ref.entropy_ .use_torch_compile
 speed | where weights and the optimizer lie: `grpo.fsdp_config` and `grpo.deepspeed` for several GPUs |
     actor.fsdp_config.
     .fsdp_size .megatron. .veomni. .engine. .torchtitan. .automodel. .model_engine .load_weight ref.torchtitan.
     .automodel. .fsdp_config. .megatron. .veomni. .strategy .ulysses_sequence_parallel_size model_engine actor@ ref@
     optim.override_optimizer_config.
 speed | passes without gradient use per_device_train_batch_size | ref. rollout.log_prob_
-speed | the engine runs inside the training processes | rollout.mode .data_parallel_size .expert_parallel_size
+speed | how the source runs its engine | rollout.mode .data_parallel_size .expert_parallel_size
     .pipeline_model_parallel_size .moe_tensor_parallel_size .checkpoint_engine. .nnodes .n_gpus_per_node
-    .multi_stage_wake_up .disable_log_stats .skip_tokenizer_init .trace. .seed .prometheus. .profiler.
+    .multi_stage_wake_up .disable_log_stats .skip_tokenizer_init .trace. .seed .prometheus.
     .scheduling_policy .over_sample_rate .agent. .dtype .layered_summon .engine_kwargs. .swap_space .chat_scheduler
-speed | grpo-autotune probe measures | actor.profiler. global_profiler.
+speed | grpo-autotune probe measures | actor.profiler. ref.profiler. rollout.profiler. global_profiler.
 speed | no part of what is learned | trainer.device .esi_redundant_time .log_val_generations .max_actor_ckpt_to_keep
     .max_critic_ckpt_to_keep .ray_ .npu_profile. .remove_previous_ckpt_in_save .rollout_data_dir .validation_data_dir
     .use_legacy_worker_impl .use_v1 .v1. .profile_ .nccl_timeout model.use_shm .lora.merge data.use_shm
@@ -129,7 +128,8 @@ none | Megatron's LoRA is not read: set a peft section by hand | model.lora.
 none | TRL trains no heads that predict several tokens | model.mtp.
 none | data in code: write the rows to a file | data.custom_cls. .sampler. .datagen.
 none | TRL corrects by importance weights alone | algorithm.rollout_correction.rollout_rs
-    .rollout_correction.rollout_rs_threshold .rollout_correction.bypass_mode
+    .rollout_correction.rollout_rs_threshold .rollout_correction.rollout_rs_threshold_lower
+    .rollout_correction.rollout_token_veto_threshold .rollout_correction.bypass_mode
     .rollout_correction.rollout_is_batch_normalize
 """,
     "easyr1": """
@@ -142,8 +142,8 @@ speed | passes without gradient use per_device_train_batch_size | actor.micro_ba
 speed | the run folder is output.dir | trainer.save_checkpoint_path
 speed | the engine's room for images follows from the data | rollout.limit_images
 speed | no part of what is learned | trainer.val_generations_to_log .ray_timeline .find_last_checkpoint
-    .remove_previous_ckpt .project_name .save_limit rollout.name .dtype .seed .disable_ .free_cache_engine
-    .trust_remote_code reward.num_cpus .reward_type .skip_special_tokens actor.use_torch_compile
+    .remove_previous_ckpt .remove_ckpt_after_load .project_name .save_limit rollout.name .dtype .seed .disable_
+    .free_cache_engine .trust_remote_code reward.num_cpus .reward_type .skip_special_tokens actor.use_torch_compile
     data.mini_rollout_batch_size .return_raw_
 same | goes with algorithm.online_filtering | algorithm.filter_ trainer.max_try_make_batch
 same | off | algorithm.online_filtering .disable_kl

@@ -106,18 +106,20 @@ NEARLY = {  # what differs in a part of the loss
     "top_entropy_quantile": "the threshold is that of one rank's micro batch there, and of all ranks' here",
     "off_policy_sequence_mask_delta": "sequences that are left out keep their KL term here",
 }
+PREPARED = "clevr_cogen_a_train|Countdown-Tasks-3to4|xlam-function-calling-60k"
+"""Data sets of GRPO whose prompts swift writes in its own code (swift/dataset/dataset)."""
 VISION = r"(?i)vl\b|vl[-_\d]|vision|omni|llava|gemma-?[34]|qwen3\.[5-9]|ovis|minicpm-?[vo]|pixtral|paligemma"
 """Names of models that see images."""
 
 KEYS: tuple[tuple[Verdict, str, str], ...] = (  # a key's fate where it is on; the first that fits is it
     ("same", "nothing that the run depends on", """
-        rlhf_type use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict streaming
+        use_ray ray_exp_name load_args add_version create_checkpoint_symlink check_model strict streaming
         dataset_num_proc load_from_cache_file lazy_tokenize ddp_timeout finetune no_save_* no_load_* ENV merge_lora
         save_safetensors load_safetensors model_type task_type max_shard_size max_turns completion_length_limit_scope
         swanlab_* reward_model_plugin save_missing_weights download_mode nnodes colocate_groups config USE_HF use_hf
         logging_dir hub_token log_entropy wandb_project wandb_exp_name tensorboard_dir"""),
     ("same", "as here", """
-        remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
+        rlhf_type remove_unused_columns dataloader_drop_last train_dataloader_shuffle loss_scale advantage_estimator
         log_rollout_offpolicy_metrics freeze_aligner"""),
     ("same", "the batch says it", "NNODES"),
     ("same", "of PPO", "kl_coef cliprange cliprange_value vf_coef gamma lam num_ppo_epochs whiten_rewards"),

@@ -112,8 +112,11 @@ def _data(to: Translation) -> None:
     mixed = {f"data.mix.{stem}_{number}": part for number, (stem, part) in enumerate(zip(stems, parts, strict=True), 1)}
     sets = mixed if len(parts) > 1 else {"data": parts[0]}
     targets = {f"{place}.{key}": value for place, part in sets.items() for key, value in part.items()}
-    to.converted("dataset", {"data.path": "mixture", **targets} if parts[1:] else targets, _elsewhere(to, *named))
+    written = next((text for text in named if re.search(swift_keys.PREPARED, text)), None)
+    note = f"swift's code writes the prompts of {written} (swift/dataset): use data.prompt_template" if written else ""
     to.comments[next(iter(targets))] = "swift looks for the prompt's column: name it in data.columns"
+    targets = {"data.path": "mixture", **targets} if parts[1:] else targets
+    to.verdict("changes" if written else "converted", "dataset", targets, note or _elsewhere(to, *named))
 
     def everywhere(key: str, name: str, value: Any, note: str = "") -> None:
         to.converted(key, {f"{place}.{name}": value for place in sets}, note)
@@ -184,10 +187,10 @@ def _rewards(to: Translation) -> None:
             read |= {*known.settings.values()}
             notes += [f"{name}: {known.note}"] if known.note else []
         elif plugins:
-            files = [(plugin, beside(to.source.path, plugin)) for plugin in plugins]
-            plugin = next((plugin for plugin, file in files if file is not None and name in text_of(file)), None)
-            unsure |= plugin is None and len(plugins) > 1
-            made = adapter("swift", plugin or plugins[0], name, arguments)
+            files = [beside(to.source.path, plugin) for plugin in plugins]
+            file = next((file for file in files if file is not None and name in text_of(file)), None)
+            unsure |= file is None and len(plugins) > 1
+            made = adapter("swift", str(file or plugins[0]), name, arguments)
             to.files[made.name] = made.text
             items.append(dict(made.reward))
         else:
@@ -201,7 +204,10 @@ def _rewards(to: Translation) -> None:
     to.verdict("changes" if notes else "converted", "reward_funcs", {"rewards": items}, "; ".join(notes))
     for key in filter(to.given, settings):
         to.converted(key, {}, "in rewards") if to.files or key in read else to.inert(key, "no reward reads it")
+    away = next((plugin for plugin in plugins if beside(to.source.path, plugin) is None), None)
     to.converted(("reward_weights", "external_plugins"), {}, "in rewards")
+    if away:
+        to.converted("external_plugins", {}, f"in rewards; {away} is not here: correct its path there")
     if plugins and not to.files:
         to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
     elif unsure:

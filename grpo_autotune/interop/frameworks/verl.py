@@ -61,7 +61,7 @@ LOOPS = ("2026.1", "2026.8")  # versions whose agent loop fixes repetition_penal
 MARKS = (  # keys, beginnings of keys, or variables that only such a version has; the first that a file has decides
     ("2025.3", f"{ACTOR}use_token_level_loss custom_reward_function.overlong_buffer."),
     ("2026.8", "trainer.use_v1 trainer.v1. reward. distillation. transfer_queue. model_engine data.audio_key "
-               "data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env."),
+               f"data.mm_processor_kwargs skip. ray_kwargs.ray_init.runtime_env. {ROLLOUT}checkpoint_engine."),
     ("2026.1", f"{LEGACY} reward_manager. data.sampler. data.datagen. {ROLLOUT}skip_rollout"),
     ("2025", f"{OPTIM}warmup_style ray_init. {ACTOR}checkpoint.contents {ROLLOUT}chat_scheduler "
              f"reward_model.overlong_buffer. {ACTOR}ppo_micro_batch_size {ROLLOUT}log_prob_micro_batch_size "
@@ -70,7 +70,13 @@ MARKS = (  # keys, beginnings of keys, or variables that only such a version has
 )  # fmt: skip
 
 AVERAGE, LOSS, DYNAMIC = f"{ACTOR}loss_agg_mode", f"{ACTOR}policy_loss.loss_mode", f"{ACTOR}use_dynamic_bsz"
-OLD_SCHEDULES = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style")
+OLD_SCHEDULES = (f"{OPTIM}warmup_style", f"{OPTIM}lr_decay_style", f"{OPTIM}decay_type")
+LEAST_RATES = (f"{OPTIM}min_lr", f"{OPTIM}lr_min")  # Megatron's and VeOmni's, in place of a share
+SCHEDULES: dict[str, dict[str, Any]] = {  # by the engine, where it is not FSDP's
+    "veomni": {KEYS.schedule: "cosine"}, "automodel": {KEYS.schedule: "cosine", KEYS.least_rate: 0.01},
+    "torchtitan": {f"{OPTIM}decay_type": "linear"},
+}  # fmt: skip
+CLIPS = (f"{ACTOR}grad_clip", f"{OPTIM}clip_grad")  # of the old workers for FSDP, and of all others
 TURNS = f"{ROLLOUT}multi_turn."
 SEQUENCE_SHARDS = (f"{ACTOR}ulysses_sequence_parallel_size", f"{FSDP}ulysses_sequence_parallel_size",
                    f"{ACTOR}veomni.ulysses_parallel_size", f"{ACTOR}megatron.context_parallel_size",
@@ -104,8 +110,8 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     name, reason = chosen(source, version)
     places = ("model_engine", f"{ACTOR}strategy", f"{ACTOR}model_engine")
     engines = {str(source.settings[key].value) for key in places if key in source.settings}
-    schedule = {KEYS.schedule: "cosine"} if engines & {"veomni", "automodel"} else {}  # other optimizers than FSDP's
-    t = Translation(source, {**NEWEST, **CHANGED[name], **schedule}, name, reason, world_size)
+    schedules = {key: value for engine in engines for key, value in SCHEDULES.get(engine, {}).items()}
+    t = Translation(source, {**NEWEST, **CHANGED[name], **schedules}, name, reason, world_size)
     _check(t)
     _batch(t)
     is_lora = _lora(t)
@@ -122,13 +128,18 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     t.same(by_deviation, "grpo.scale_rewards", *scale)
     _correction(t)
     older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
-    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule)))
+    least = next(filter(t.given, LEAST_RATES), KEYS.least_rate)
+    shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule), least_rate=least))
+    is_old = on(t.value(LEGACY)) and not shared.below(t, f"{ACTOR}megatron.")
+    clip, other = CLIPS if is_old else CLIPS[::-1]
+    shared.renamed(t, {clip: "grpo.max_grad_norm"})
+    unused(t, [other], f"verl reads {clip}")
     shared.betas(t, f"{OPTIM}betas")
     if str(t.value(f"{OPTIM}optimizer")).lower() in ("adamw", "adam"):
         t.inert(f"{OPTIM}optimizer", "AdamW")
     shared.weights(t, f"{FSDP}model_dtype", is_lora)
-    if str(t.value(f"{FSDP}dtype")) in ("float16", "fp16"):
-        t.converted(f"{FSDP}dtype", {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
+    halves = [key for key in (f"{FSDP}dtype", f"{ACTOR}megatron.dtype") if str(t.value(key)) in ("float16", "fp16")]
+    t.converted(halves, {"grpo.fp16": True, "grpo.bf16": False}, "arithmetic in float16")
     _engine(t, is_lora)
     _data(t)
     _rewards(t)
@@ -204,8 +215,8 @@ def _batch(t: Translation) -> None:
         if size is None:
             refuse(t, each, "no size of a micro batch, which verl needs as well")
         micro, note = max(1, int(size) // (ranks if used == [total] else 1)), ""
-    others = {budget, each, total, DYNAMIC} - {*used}
-    unused(t, others, f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}")
+    unused(t, {DYNAMIC} - {*used}, "off")
+    unused(t, {budget, each, total} - {*used}, f"without effect with {DYNAMIC} {str(on(t.value(DYNAMIC))).lower()}")
     prompts, fetched = KEYS.prompts, "data.gen_batch_size"
     if t.version in ("2025", "2026.1") and t.value(fetched) is not None and not _is_filtering(t):
         prompts = fetched
@@ -336,9 +347,19 @@ def _data(t: Translation) -> None:
             t.same(key, f"data.{target}")
         unused(t, [key], "all rows")
     if _is_filtering(t):
-        most, metric = int(positive(t, f"{FILTER}max_num_gen_batches")), t.value(f"{FILTER}metric")
-        note = f"verl compares {metric}, and ends after so many generations; here the whole reward, and goes on"
-        t.changes(f"{FILTER}enable", {"resample.max_rounds": most if most > 1 else 10}, note)
+        _filter(t)
+    unused(t, [f"{FILTER}enable"], "no group is drawn again")
+
+
+def _filter(t: Translation) -> None:
+    fetched, is_recipe = "data.gen_batch_size", t.version != "2026.8"  # since then, a group alone is drawn again
+    tries = int(positive(t, f"{FILTER}max_num_gen_batches")) if is_recipe else 0
+    note = f"verl compares {t.value(f'{FILTER}metric')}, here it is the whole reward"
+    shared.redraw(t, f"{FILTER}enable", tries, fetched, note)
+    assert t.batch is not None
+    if is_recipe and positive(t, fetched) > t.batch.prompts and not positive(t, KEYS.steps):
+        most = f"{t.batch.prompts} of {t.number(fetched)}"
+        t.changes(fetched, {}, f"verl trains on {most} prompts at most: its epochs have fewer rollouts than those here")
 
 
 def _rewards(t: Translation) -> None:

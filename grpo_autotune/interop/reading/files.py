@@ -2,7 +2,7 @@
 beside the file and OmegaConf's interpolations."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -68,9 +68,9 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(FLOAT), list("-+0123456789."))
 
 
-def yaml_settings(text: str, name: str, nested: bool = True) -> dict[str, Setting]:
-    """Settings of a YAML or JSON text, names joined by dots, or with `nested=False` mappings as values; those of a
-    later document win. ConfigError, `name` and line named, for a text that cannot be read."""
+def yaml_settings(text: str, name: str, opened: Collection[str] | None = None) -> dict[str, Setting]:
+    """Settings of a YAML or JSON text, names joined by dots; with `opened`, those of other mappings stay in them as
+    values. A later document's win. ConfigError, `name` and line named, for a text that cannot be read."""
     loader = _Loader(text.replace("\t", " ") if text.lstrip().startswith("{") else text)
     settings: dict[str, Setting] = {}
     try:
@@ -78,7 +78,7 @@ def yaml_settings(text: str, name: str, nested: bool = True) -> dict[str, Settin
             node = loader.get_node()
             if not isinstance(node, yaml.MappingNode):
                 raise ConfigError("this holds no settings (no mapping of keys to values)", where=name)
-            settings |= dict(islice(_leaves(loader, node, "", nested), MOST_SETTINGS))
+            settings |= dict(islice(_leaves(loader, node, "", opened), MOST_SETTINGS))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = name if mark is None else f"{name}, line {mark.line + 1}"
@@ -88,12 +88,14 @@ def yaml_settings(text: str, name: str, nested: bool = True) -> dict[str, Settin
     return settings
 
 
-def _leaves(loader: _Loader, node: yaml.MappingNode, prefix: str, nested: bool) -> Iterator[tuple[str, Setting]]:
+def _leaves(
+    loader: _Loader, node: yaml.MappingNode, prefix: str, opened: Collection[str] | None
+) -> Iterator[tuple[str, Setting]]:
     loader.flatten_mapping(node)
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value if isinstance(key_node, yaml.ScalarNode) else '?'}"
-        if nested and isinstance(value_node, yaml.MappingNode) and value_node.value:
-            yield from _leaves(loader, value_node, f"{key}.", nested)
+        if (opened is None or key in opened) and isinstance(value_node, yaml.MappingNode) and value_node.value:
+            yield from _leaves(loader, value_node, f"{key}.", opened)
         else:
             yield key, Setting(loader.construct_object(value_node, deep=True), key_node.start_mark.line + 1)
 
