@@ -120,8 +120,7 @@ def _with_data(config: RunConfig, data: str | None, split: str | None) -> tuple[
 
 def _unscored(config: RunConfig) -> RunConfig:
     """The configuration without rewards, and without the columns that only they read."""
-    template = config.data.prompt_template or ""
-    named = {*KEPT, *re.findall(r"\w+", template)}
+    named = {*KEPT, *re.findall(r"\w+", config.data.prompt_template or "")}
     columns = {ours: theirs for ours, theirs in config.data.columns.items() if ours in named}
     section = config.data.model_copy(update={"columns": columns})
     return config.model_copy(update={"rewards": [], "branches": None, "data": section})

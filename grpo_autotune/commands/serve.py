@@ -99,8 +99,7 @@ def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
 
 
 def named(gpus: Sequence[int]) -> list[str]:
-    """These of the GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them; ConfigError for one that is not
-    there."""
+    """These of the visible GPUs as `CUDA_VISIBLE_DEVICES` names them; ConfigError for one that is not there."""
     count = len(detect().gpus)
     if unknown := [index for index in gpus if index >= count]:
         raise ConfigError(f"there is no GPU {unknown[0]}: {count} can be seen here", where="--gpus")

@@ -106,14 +106,11 @@ def with_adapter(model: Any, folder: str, *, where: str = "", **options: Any) ->
 
 
 def check_head(model: Any) -> None:
-    """ConfigError where single tokens of the output layer are trained: TRL's loss reads the bias of that layer, and
-    PEFT's layer in its place has none (TRL 1.16, PEFT 0.21)."""
+    """ConfigError for single trained tokens of the output layer: TRL's loss asks PEFT's layer for a bias (TRL 1.16)."""
     if FUSED and hasattr(model.get_output_embeddings(), "token_adapter"):
-        raise ConfigError(
-            "TRL's loss cannot train single tokens of the output layer, which may be tied to the embeddings",
-            where="peft.trainable_token_indices",
-            fix="Take peft.modules_to_save: [embed_tokens]; an adapter that has such tokens is to be merged first.",
-        )
+        what = "TRL's loss cannot train single tokens of the output layer, which may be tied to the embeddings"
+        fix = "Take peft.modules_to_save: [embed_tokens]; an adapter that has such tokens is to be merged first."
+        raise ConfigError(what, where="peft.trainable_token_indices", fix=fix)
 
 
 def settle_reference(trainer: Any, config: RunConfig) -> str:
