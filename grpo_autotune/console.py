@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import math
 import os
 import sys
 import threading
@@ -161,7 +162,7 @@ class ProgressBar:
     ) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self._total, self._clock, self._begun_s = total, clock, clock()
+        self._total, self._clock, self._begun_s, self._said_s = total, clock, clock(), -math.inf
         self._console = console or progress_console()
         self._bar: Progress | None = None
         if self._console.is_terminal and is_first_rank():
@@ -170,12 +171,16 @@ class ProgressBar:
             self._task = self._bar.add_task("", total=total, beside="")
             self._bar.start()
 
-    def update(self, done: int, beside: str, line: str | None) -> None:
-        """Move the bar to `done` steps, with `beside` next to it; without a terminal print `line`, if there is one."""
+    def update(self, done: int, beside: str, line: str | None, every_s: float = 0.0) -> None:
+        """Move the bar to `done` steps, with `beside` next to it; without a terminal print `line`, if there is one, of
+        the last step or `every_s` seconds after the line before."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, beside=beside)
         elif line is not None and is_first_rank():
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            now_s = self._clock()
+            if now_s - self._said_s >= every_s or done == self._total:
+                self._said_s = now_s
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def time_left(self, done: int) -> str:
         """The time until the end in words, if the rest goes as the first `done` steps went."""

@@ -1,5 +1,6 @@
 """The package's cache folder, files that are written whole or not at all, and disks that are full."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,6 +50,12 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         draft.unlink(missing_ok=True)
     if durable:
         _sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

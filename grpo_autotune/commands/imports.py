@@ -3,13 +3,10 @@
 import os
 from contextlib import suppress
 
-from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
 from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.files import cache_dir
 from grpo_autotune.hardware.nvml import ORDER, PCI
-from grpo_autotune.knobs.context import model_config
-from grpo_autotune.rollout.server.process import Weights, weights_of
 from grpo_autotune.seams.torchvision_compat import ensure_torchvision, tell_once
 
 COMPILED = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "VLLM_CACHE_ROOT": "vllm"}
@@ -31,14 +28,3 @@ def mend_torchvision() -> None:
     finding = ensure_torchvision()
     if finding is not None:
         tell_once(finding, say)
-
-
-def served_weights(config: RunConfig) -> Weights:
-    """The weights that a run's server serves, built or downloaded first where they are missing."""
-    return weights_of(config, _source, model_config)
-
-
-def _source(config: RunConfig) -> str:
-    from grpo_autotune.train.models.load import model_source
-
-    return model_source(config.model, say)

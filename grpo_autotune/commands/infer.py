@@ -1,10 +1,10 @@
 """`grpo-autotune infer`: completions and rewards of data with trained weights."""
 
 import re
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,7 @@ def _with_data(config: RunConfig, data: str | None, split: str | None) -> tuple[
 
 def _unscored(config: RunConfig) -> RunConfig:
     """The configuration without rewards, and without the columns that only they read."""
-    template = config.data.prompt_template or ""
-    named = {*KEPT, *re.findall(r"\w+", template)}
+    named = {*KEPT, *re.findall(r"\w+", config.data.prompt_template or "")}
     columns = {ours: theirs for ours, theirs in config.data.columns.items() if ours in named}
     section = config.data.model_copy(update={"columns": columns})
     return config.model_copy(update={"rewards": [], "branches": None, "data": section})
@@ -178,7 +177,7 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
         with startup.phase("model"), engine_time(startup):
             engine = Engine(trained, config, processor, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
         with ProgressBar("inferring", count) as bar:
-            result: tuple[int, float | None] = work.write(engine, _Teller(bar, count))
+            result: tuple[int, float | None] = work.write(engine, partial(_tell, bar, count))
         return result
     except KeyboardInterrupt:
         say(f"{asked.out} holds {plural(len(work.file.completions), 'completion')}; the same command goes on")
@@ -190,14 +189,6 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
         raise EnvironmentProblem(f"memory ran out, with {size} completions at once", where="infer", fix=fix) from error
 
 
-class _Teller:
-    """A line, or the bar's text, after a batch."""
-
-    def __init__(self, bar: ProgressBar, count: int) -> None:
-        self._bar, self._count, self._said_s = bar, count, 0.0
-
-    def __call__(self, done: int) -> None:
-        left, now_s = self._bar.time_left(done), time.monotonic()
-        due = now_s - self._said_s >= PLAIN_INTERVAL_S or done == self._count
-        self._said_s = now_s if due else self._said_s
-        self._bar.update(done, left, f"batch {done} of {self._count}, {left}" if due else None)
+def _tell(bar: ProgressBar, count: int, done: int) -> None:
+    left = bar.time_left(done)
+    bar.update(done, left, f"batch {done} of {count}, {left}", PLAIN_INTERVAL_S)

@@ -31,6 +31,7 @@ from grpo_autotune.processes.fresh import start_anew
 from grpo_autotune.records.alerts import ALERTS_FILE
 from grpo_autotune.records.ladder import LADDER_FILE, Rung, load_rungs
 from grpo_autotune.rollout.failures import engine_failure, frames
+from grpo_autotune.runs.links import link
 from grpo_autotune.trials.child.memory import available_bytes, in_use, most_bytes
 from grpo_autotune.trials.endings import ending_of_error
 from grpo_autotune.units import size
@@ -129,6 +130,8 @@ class Ladder:
         if RANK in rung.knobs and saved.exists():
             names = (f"{CHECKPOINTS}-before-rung-{number}" for number in count(len(self._rungs) + 1))
             saved.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
+            for name in ("best", "last"):
+                link(self._folder / name, None)
         lines = (f"{one.model_dump_json()}\n" for one in (*self._rungs, rung))
         write_whole(self._folder / LADDER_FILE, "".join(lines))
         with (self._folder / ALERTS_FILE).open("a", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 """`grpo-autotune merge`: an adapter merged into its base, or whole weights copied, in a folder that proves itself."""
 
-import time
+from itertools import count
 from pathlib import Path
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
@@ -23,14 +23,11 @@ def merge_trained(place: str, out: Path, *, adapter: str | None, dtype: str | No
     quieten(bars=False)
     say(f"merging {trained.path} into {out}")
     with ProgressBar("merge", steps_of(rows)) as bar:
-        done, said_s = 0, time.monotonic()
+        steps = count()
 
         def step(what: str) -> None:
-            nonlocal done, said_s
-            left = f", {bar.time_left(done)}" if done else ""
-            due = time.monotonic() - said_s >= LINE_S
-            said_s = time.monotonic() if due else said_s
-            bar.update(done, f"{what}{left}", f"merge: {what}{left}" if due else None)
-            done += 1
+            done = next(steps)
+            told = f"{what}, {bar.time_left(done)}" if done else what
+            bar.update(done, told, f"merge: {told}", LINE_S)
 
         return merge(trained, out.expanduser().absolute(), dtype=dtype, rows=rows, step=step)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, ProgressBar, as_warning, say
 from grpo_autotune.files import full_disk_told
@@ -17,6 +17,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.report.create import report_of
 from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus
+from grpo_autotune.trained.serving import served_weights
 
 
 def probe_config(

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grpo_autotune.commands.imports import served_weights, set_environment
+from grpo_autotune.commands.imports import set_environment
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import Heartbeat, say, show
 from grpo_autotune.errors import ConfigError
@@ -19,6 +19,7 @@ from grpo_autotune.processes.ending import Stopped, raising
 from grpo_autotune.rollout.server.command import Serving, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
+from grpo_autotune.trained.serving import served_weights
 from grpo_autotune.units import duration
 
 GRACE_S = 20.0
@@ -94,12 +95,11 @@ def _wanted(config: RunConfig, gpus: Sequence[int]) -> Serving:
     names = named(gpus)
     if not gpus and config.vllm.server_gpus is not None:
         names, _ = split_gpus(config, len(detect().gpus))
-    return serving_at(config, served_weights(config), names)
+    return serving_at(config, served_weights(config.model), names)
 
 
 def named(gpus: Sequence[int]) -> list[str]:
-    """These of the GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them; ConfigError for one that is not
-    there."""
+    """These of the visible GPUs as `CUDA_VISIBLE_DEVICES` names them; ConfigError for one that is not there."""
     count = len(detect().gpus)
     if unknown := [index for index in gpus if index >= count]:
         raise ConfigError(f"there is no GPU {unknown[0]}: {count} can be seen here", where="--gpus")

@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.commands.serve import named, stay_with
 from grpo_autotune.config.schema import override
 from grpo_autotune.config.sections.vllm import VllmSection, vllm_section
 from grpo_autotune.console import Heartbeat, say, warn
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.knobs.context import stored_json
 from grpo_autotune.rollout.server.own import LOG
-from grpo_autotune.rollout.server.process import Weights, need_vllm
+from grpo_autotune.rollout.server.process import need_vllm
 from grpo_autotune.trained.agreement import check_answer
-from grpo_autotune.trained.serving import served_name, serving_trained
-from grpo_autotune.trained.source import Trained, find_trained
+from grpo_autotune.trained.serving import served_name, served_weights, serving_trained
+from grpo_autotune.trained.source import base_section, find_trained
 
 
 def serve_trained(
@@ -37,7 +36,9 @@ def serve_trained(
     set_environment()
     mend_torchvision()
     trained = find_trained(place)
-    wanted = serving_trained(trained, _weights(trained), _section(settings), named(gpus))
+    if trained.adapter is not None and trained.config is not None and trained.config.model.load_in_4bit:
+        say("the base is served as it is stored, and was in 4 bits in training (model.load_in_4bit)")
+    wanted = serving_trained(trained, served_weights(base_section(trained)), _section(settings), named(gpus))
     answer = None
     if check and not dry_run:
         with Heartbeat(lambda: "the trainer's model answers one prompt, to compare"):
@@ -58,18 +59,6 @@ def _say_how(address: str, name: str) -> None:
     say("ask it, from another terminal:")
     say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
     say("Ctrl-C ends it")
-
-
-def _weights(trained: Trained) -> Weights:
-    """The weights that vLLM loads: whole ones themselves, or the base of an adapter, unquantized."""
-    if trained.adapter is not None and trained.config is not None:
-        if trained.config.model.load_in_4bit:
-            say("the base is served as it is stored, and was in 4 bits in training (model.load_in_4bit)")
-        return served_weights(trained.config)
-    name = str(trained.path) if trained.adapter is None else trained.base
-    if name is None:
-        raise ConfigError("the adapter does not name its base model", where=str(trained.path))
-    return Weights(name, stored_json(name, None, "config.json"))
 
 
 def _section(settings: Sequence[str]) -> VllmSection:

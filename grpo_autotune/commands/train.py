@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grpo_autotune.commands.imports import mend_torchvision, served_weights, set_environment
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.commands.ladder import Ladder
 from grpo_autotune.commands.page import keep_page
 from grpo_autotune.config.schema import RunConfig
@@ -25,6 +25,7 @@ from grpo_autotune.rollout.server.own import own_server
 from grpo_autotune.rollout.server.process import leave_gpus
 from grpo_autotune.runs.folder import RunFolder
 from grpo_autotune.runs.kept_batch import other_batch, with_kept_batch
+from grpo_autotune.trained.serving import served_weights
 from grpo_autotune.units import percent, seconds
 
 LARGEST = 3

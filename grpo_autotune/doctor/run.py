@@ -60,7 +60,7 @@ class Run:
 
     @cached_property
     def model(self) -> Mapping[str, Any]:  # its config.json; empty where nobody has it yet
-        return model_config(self.config)
+        return model_config(self.config.model)
 
     def stored(self, file: str) -> Mapping[str, Any]:  # a JSON file beside it
         return {} if self.folder is None else stored_json(str(self.folder), None, file)

@@ -88,11 +88,9 @@ def package_version(distribution: str) -> str | None:
 
 def cpu_model() -> str:
     """Model name of the processor."""
-    if CPUINFO.exists():
-        for line in CPUINFO.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = CPUINFO.read_text(errors="replace").splitlines() if CPUINFO.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:

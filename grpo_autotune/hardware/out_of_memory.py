@@ -93,8 +93,7 @@ def is_out_of_memory(error: BaseException, available: Callable[[], int | None] =
 
 def is_device_failure(error: BaseException) -> bool:
     """Return whether an exception says that a device failed under its process, which can then do no more with it. Its
-    class does not tell: torch raises it for every error of the CUDA runtime, such as a kernel not built for this
-    GPU."""
+    class does not tell: torch raises it for every error of the CUDA runtime, a kernel not built for this GPU too."""
     names = {_full_name(kind) for kind in type(error).__mro__}
     raised = type(error) is RuntimeError or "torch.AcceleratorError" in names
     return raised and FAULT.match(str(error)) is not None

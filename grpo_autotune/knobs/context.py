@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.hardware import Machine
@@ -53,13 +54,12 @@ def gpu_bytes(machine: Machine | None, trainer: TrainerFacts | None) -> int | No
 
 def context_of(config: RunConfig, machine: Machine | None = None, record: ProbeRecord | None = None) -> KnobContext:
     """Gather what is known without loading or downloading anything."""
-    model = record.trainer.model_config_json if record is not None else model_config(config)
+    model = record.trainer.model_config_json if record is not None else model_config(config.model)
     return KnobContext(config, machine, model, record)
 
 
-def model_config(config: RunConfig) -> Mapping[str, Any]:
+def model_config(section: ModelSection) -> Mapping[str, Any]:
     """The model's config.json, if it is in the table, in a folder or in the hub's cache; else empty."""
-    section = config.model
     if section.random_init is not None:
         try:
             return architecture(section.random_init).config

@@ -33,6 +33,7 @@ class Span:
     host_s: float = 0.0
     thread: int = 0
     peak_bytes: int = 0
+    has_range: bool = False
     begin_mark: Any = None
     end_mark: Any = None
 
@@ -129,8 +130,9 @@ class SpanRecorder:
             span.begin_mark = self.timer.mark()
         self._spans.append(span)
         self._stack.append(span)
-        if self.ranges is not None:
+        if self.ranges is not None and self.on_main_thread():  # each thread has its own stack of ranges
             self.ranges.range_push(": ".join(word for word in (stage, part) if word))
+            span.has_range = True
         if self.edge is not None:
             self.edge()
         return span
@@ -175,9 +177,10 @@ class SpanRecorder:
         return threading.get_ident() == self._thread
 
     def _pop(self) -> Span:
-        if self.ranges is not None:
+        span = self._stack.pop()
+        if span.has_range and self.on_main_thread():
             self.ranges.range_pop()
-        return self._stack.pop()
+        return span
 
     def _gauge(self, inner: Span | None, stage: str | None) -> None:
         """Book the memory to the span under way, `inner`, before `stage` goes on; a device keeps its peak between two

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,3 +27,10 @@ def start_anew(options: Sequence[str], environment: Mapping[str, str]) -> NoRetu
                 os.set_inheritable(int(file.name), False)
     words = [sys.executable, *sys.orig_argv[1:]]
     os.execve(sys.executable, [*words, *(option for option in options if option not in words)], environment)
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as trial:
+        trial.bind(("", 0))
+        return int(trial.getsockname()[1])

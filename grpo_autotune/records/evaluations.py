@@ -6,7 +6,8 @@ events since the evaluation before; where there was none since, those of the row
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -128,6 +129,17 @@ class EvaluationLog:
     def table(self, kept: Mapping[int, str] | None = None, best: int | None = None) -> list[Evaluation]:
         """The rows; `kept` are the folders of checkpoints by step, `best` is the step that was chosen."""
         return [_evaluation(row, (kept or {}).get(row["step"]), row["step"] == best) for row in self.rows]
+
+
+def half_interval(values: Sequence[float], confidence: float = 0.95) -> float:
+    """Half of the interval of the mean of independent numbers, by Student's t; NaN for fewer than two."""
+    from scipy.special import stdtrit
+
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 2:
+        return math.nan
+    scale = float(stdtrit(len(known) - 1, (1.0 + confidence) / 2.0))
+    return scale * statistics.stdev(known) / math.sqrt(len(known))
 
 
 def evaluations(log: Log) -> list[Evaluation]:

@@ -1,11 +1,12 @@
 """The summary of completions: each reward over all of them and over each branch."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy import stats
 
+from grpo_autotune.records.evaluations import half_interval
 from grpo_autotune.records.inference import TOTAL, Completion, Inference, Score, Settings
 
 CONFIDENCE = 0.95
@@ -38,13 +39,15 @@ def _scores(completions: Sequence[Completion], branch: str | None) -> Iterator[S
             value = one.total if name == TOTAL else one.rewards[name]
             if value is not None:
                 by_row[one.row].append(value)
-        mean, low, high = interval([float(np.mean(values)) for values in by_row.values()])
+        means = [float(np.mean(values)) for values in by_row.values()]
+        mean, half = float(np.mean(means)) if means else None, half_interval(means, CONFIDENCE)
+        ends = (None, None) if mean is None or math.isnan(half) else (mean - half, mean + half)
         yield Score(
             branch=branch,
             reward=name,
             mean=mean,
-            low=low,
-            high=high,
+            low=ends[0],
+            high=ends[1],
             prompts=len(by_row),
             completions=sum(map(len, by_row.values())),
             failed=sum(bool(one.failed) if name == TOTAL else name in one.failed for one in part),
@@ -54,12 +57,3 @@ def _scores(completions: Sequence[Completion], branch: str | None) -> Iterator[S
 
 def _mean(completions: Sequence[Completion], name: str) -> float:
     return float(np.mean([getattr(one, name) for one in completions]))
-
-
-def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Mean of independent values and the ends of its interval, by Student's t; None for what they do not tell."""
-    if len(values) < 2:
-        return (values[0] if values else None), None, None
-    mean, error = float(np.mean(values)), float(stats.sem(values))
-    half = float(stats.t.ppf((1.0 + CONFIDENCE) / 2.0, len(values) - 1)) * error
-    return mean, mean - half, mean + half

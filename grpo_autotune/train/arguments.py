@@ -4,7 +4,6 @@ import inspect
 import linecache
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.config.sections.fsdp import USE, VARIABLES, WHERE, asked
 from grpo_autotune.config.zero import deepspeed_keys
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
+from grpo_autotune.processes.fresh import free_port
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
 from grpo_autotune.rollout.options import EngineOptions
@@ -192,10 +192,7 @@ def check_deepspeed(plugin: Any) -> None:
 def _in_a_group() -> None:
     """Make this process a group of one where no launcher did: DeepSpeed would look for MPI."""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update({name: str(value) for name, value in alone.items()})
 
 

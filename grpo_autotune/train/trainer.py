@@ -42,7 +42,7 @@ from grpo_autotune.train.branches.rows import divided
 from grpo_autotune.train.data.datasets import LoadData, check_rows, load_data
 from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.eval_sampling import evaluate_with
-from grpo_autotune.train.models.adapter import load_policy, settle_reference
+from grpo_autotune.train.models.adapter import check_head, load_policy, settle_reference
 from grpo_autotune.train.models.load import check_images, load_processor, model_source
 from grpo_autotune.train.monitors.callback import Monitors
 from grpo_autotune.train.resample import Resampling
@@ -179,6 +179,7 @@ def build_trainer(
     if trainer.is_fsdp_enabled:
         fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
     check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+    check_head(trainer.model)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))
     if not config.use_vllm:  # else it was done as the engine was unlocked

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError, shortened
-from grpo_autotune.files import write_whole
+from grpo_autotune.files import sha256_of, write_whole
 from grpo_autotune.records.inference import SETTINGS, Completion, Settings
 from grpo_autotune.records.stored import read_stored
 
@@ -24,8 +24,6 @@ DIGESTS = {
     "weights": "it was begun with other weights: training has gone on in that folder",
 }
 """Settings whose values would tell nobody anything."""
-EDGE_BYTES = 1 << 20
-"""What is read of a weights file at either end for its digest: a header with every tensor's place, and values."""
 SHOWN = 60
 
 
@@ -93,16 +91,9 @@ def alone_with(path: Path) -> Iterator[None]:
 
 
 def weights_digest(folder: Path) -> str:
-    """A digest of the weights in a folder: names, sizes and both ends of their files."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(EDGE_BYTES))
-            file.seek(max(0, size - EDGE_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+    """A digest of the weights in a folder: names and content of their files, wherever it lies."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    return rows_digest(f"{path.name} {sha256_of(path)}" for path in files)
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
@@ -125,8 +116,9 @@ def _check(path: Path, side: Path, settings: Settings) -> None:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name, but for the place of the weights, which a run folder that was moved has elsewhere."""
     sampling = settings.pop("sampling")
-    return {**settings, **sampling}
+    return {**settings, **sampling, "checkpoint": None}
 
 
 def _lines(completions: Iterable[Completion]) -> bytes:

@@ -9,28 +9,11 @@ import torch
 
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.console import say
-from grpo_autotune.errors import ConfigError
 from grpo_autotune.train.models.adapter import with_adapter
 from grpo_autotune.train.models.load import load_model, load_processor, model_source
-from grpo_autotune.trained.source import Trained
+from grpo_autotune.trained.source import Trained, base_section
 
 ANYWHERE: Mapping[str, Any] = MappingProxyType({})
-
-
-def base_section(trained: Trained) -> ModelSection:
-    """The `model` section that loads what the trained weights stand on: the run's, or the base that an adapter names,
-    and of whole weights the trained folder. Never in 4 bits.
-
-    Raises:
-        ConfigError: An adapter outside a run does not name its base.
-    """
-    if trained.adapter is not None and trained.config is not None:
-        return trained.config.model.model_copy(update={"load_in_4bit": False})
-    name = str(trained.path) if trained.adapter is None else trained.base
-    if name is None:
-        raise ConfigError("the adapter does not name its base model", where=str(trained.path))
-    trusted = trained.config is not None and trained.config.model.trust_remote_code
-    return ModelSection(name_or_path=name, trust_remote_code=trusted)
 
 
 def load_trained(

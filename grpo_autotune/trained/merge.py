@@ -5,7 +5,6 @@ is merged and written, then the folder that was written is loaded, then the base
 """
 
 import fcntl
-import hashlib
 import os
 import shutil
 import warnings
@@ -21,16 +20,16 @@ from huggingface_hub import snapshot_download
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.console import say
 from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem, MergeError
-from grpo_autotune.files import full_disk_told, write_whole
+from grpo_autotune.files import full_disk_told, sha256_of, write_whole
 from grpo_autotune.hardware.ceilings import free_bytes
 from grpo_autotune.hardware.machine import package_version
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.records.merged import Merged, Proof
 from grpo_autotune.train.models.load import model_source
-from grpo_autotune.trained.load import base_section, free_memory, load_section, load_trained, load_trained_processor
+from grpo_autotune.trained.load import free_memory, load_section, load_trained, load_trained_processor
 from grpo_autotune.trained.proof import FACTOR, LIMITS, Exam, flaw, prompts_of
 from grpo_autotune.trained.shards import in_one_piece
-from grpo_autotune.trained.source import Trained
+from grpo_autotune.trained.source import Trained, base_section
 from grpo_autotune.units import size
 
 RECEIPT = "merged.json"
@@ -249,9 +248,4 @@ def _folder(source: str, revision: str | None) -> Path:
 def _hashes(folder: Path, *patterns: str) -> dict[str, str]:
     """SHA-256 of the files of a folder that fit one of the patterns."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}

@@ -1,18 +1,34 @@
-"""The `vllm serve` for trained weights: an adapter beside its base, or whole weights. Nothing is started or loaded."""
+"""The `vllm serve` for trained weights: an adapter beside its base, or whole weights. Nothing is started."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.vllm import VllmSection
+from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.files import is_folder
+from grpo_autotune.knobs.context import model_config
 from grpo_autotune.rollout.server.command import CLIENT_KEYS, HOST, PORT, Serving, gpu_keys, option, room_for
 from grpo_autotune.rollout.server.process import Weights
 from grpo_autotune.rollout.sync.lora import TOWERS
 from grpo_autotune.trained.source import Trained
+
+
+def served_weights(section: ModelSection, say: Callable[[str], None] = say) -> Weights:
+    """The weights of a `model` section as a server reads them, built or downloaded first where they are missing;
+    ConfigError where there are none. A folder is served without torch being loaded."""
+    if section.name_or_path is not None and is_folder(section.name_or_path):
+        source = str(Path(section.name_or_path).expanduser())
+    else:
+        from grpo_autotune.train.models.load import model_source
+
+        source = model_source(section, say)
+    return Weights(source, model_config(section) or model_config(section.model_copy(update={"name_or_path": source})))
 
 
 def served_name(trained: Trained) -> str:

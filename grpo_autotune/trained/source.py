@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.errors import ConfigError, nearest_hint
 from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
 from grpo_autotune.runs.folder import RunFolder
@@ -63,6 +64,22 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
         fix = nearest_hint(place.name, known, f"There are {', '.join(known)}." if known else "Train it first.")
         raise ConfigError(f"the run has no {place.name}", where=str(run), fix=fix)
     return _described(path.resolve(), run, adapter)
+
+
+def base_section(trained: Trained) -> ModelSection:
+    """The `model` section that loads what the trained weights stand on: the run's, or the base that an adapter names,
+    and of whole weights the trained folder. Never in 4 bits.
+
+    Raises:
+        ConfigError: An adapter outside a run does not name its base.
+    """
+    if trained.adapter is not None and trained.config is not None:
+        return trained.config.model.model_copy(update={"load_in_4bit": False})
+    name = str(trained.path) if trained.adapter is None else trained.base
+    if name is None:
+        raise ConfigError("the adapter does not name its base model", where=str(trained.path))
+    trusted = trained.config is not None and trained.config.model.trust_remote_code
+    return ModelSection(name_or_path=name, trust_remote_code=trusted)
 
 
 def parts_of(path: Path) -> Path | None:

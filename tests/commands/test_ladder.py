@@ -18,6 +18,7 @@ from grpo_autotune.errors import TrainingError
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.records.alerts import load_alerts
 from grpo_autotune.records.ladder import load_rungs
+from grpo_autotune.runs.links import link
 from grpo_autotune.train.trainer import run_training
 from tests.support.training import log_lines, losses, text_config
 
@@ -103,6 +104,8 @@ def test_checkpoints_of_another_rank_are_set_aside(tmp_path: Path, monkeypatch: 
     changes = {"on_oom": "ladder", "on_oom_allow": ["lora_rank"]}
     config = text_config(tmp_path, tmp_path, changes, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     (tmp_path / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    for name in ("best", "last"):
+        link(tmp_path / name, tmp_path / "checkpoints" / "checkpoint-2")
     (tmp_path / "checkpoints-before-rung-1" / "checkpoint-4").mkdir(parents=True)  # of an earlier run in this folder
     monkeypatch.setattr(ladder, "start_anew", lambda options, environment: sys.exit())
     with pytest.raises(SystemExit), Ladder(config, tmp_path, resume=False) as now:
@@ -111,6 +114,7 @@ def test_checkpoints_of_another_rank_are_set_aside(tmp_path: Path, monkeypatch: 
     (rung,) = load_rungs(tmp_path)
     assert (rung.change, rung.kind) == ("peft.r 4 -> 2", "learning") and "begins again" in rung.remedy
     assert (tmp_path / "checkpoints-before-rung-2" / "checkpoint-2").is_dir()
+    assert not any((tmp_path / name).is_symlink() for name in ("best", "last")), "they would point to nothing"
 
 
 def evaluation_loop() -> None:

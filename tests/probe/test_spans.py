@@ -109,6 +109,32 @@ def test_a_step_may_end_while_another_thread_asks_for_its_age():
     assert recorder.age_s() == 0.0 and not recorder.is_open
 
 
+class Ranges:
+    """NVTX as far as its stacks go, one for each thread."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, list[str]] = {}
+
+    def range_push(self, name: str) -> None:
+        self.open.setdefault(threading.get_ident(), []).append(name)
+
+    def range_pop(self) -> None:
+        self.open[threading.get_ident()].pop()
+
+
+def test_a_span_that_another_thread_opened_leaves_each_thread_its_own_ranges():
+    """Where DDP has all gradients, on a GPU, autograd's thread opens the wait that ends with the backward pass."""
+    recorder = SpanRecorder(Clock(), ranges=(ranges := Ranges()))
+    recorder.open_root()
+    with recorder.span("backward"):
+        thread = threading.Thread(target=lambda: recorder.begin("sync_wait", "reduce_gradients"))
+        thread.start()
+        thread.join()
+    assert ranges.open == {threading.get_ident(): ["step"]}
+    recorder.close_root(1)
+    assert ranges.open == {threading.get_ident(): []}
+
+
 class FakeTimer:
     """A stream that runs behind the host: each mark is passed `lag` seconds after it was recorded."""
 

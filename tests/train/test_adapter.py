@@ -140,6 +140,20 @@ def test_an_adapter_that_cannot_be_a_reference(
         build_trainer(stage_2(stage_1, tmp_path, keys))
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_single_tokens_are_trained_where_the_output_layer_is_not_tied_to_them(
+    stage_1: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter = saved_adapter(stage_1[0], "tokens", tmp_path / "adapter")
+    tokens = {"peft": {**LORA, "trainable_token_indices": [5, 6]}}
+    second = stage_2(stage_1, tmp_path, {"model": {"adapter": str(adapter)}})
+    for config in (text_config(stage_1[0], tmp_path, tokens), second):
+        with pytest.raises(ConfigError, match=r"^peft.trainable_token_indices: TRL's loss cannot train single tokens"):
+            build_trainer(config)
+    run_training(text_config(tiny_model("llama", tmp_path), tmp_path, tokens, max_steps=1), tmp_path / "run")
+    assert len(log_lines(tmp_path / "run")) == 1
+
+
 def test_the_reference_is_kept_from_an_engine(stage_1: tuple[Path, Path]) -> None:
     """Modules that an adapter trains whole are in the reference as well, and an engine has one place for them."""
     base = AutoModelForCausalLM.from_pretrained(stage_1[0])

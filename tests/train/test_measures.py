@@ -11,8 +11,9 @@ import pytest
 import torch
 from scipy import stats
 
+from grpo_autotune.records.evaluations import half_interval
 from grpo_autotune.seams.layers import AttributeSlot, wrap
-from grpo_autotune.train.runs.measures import Measures, half_interval
+from grpo_autotune.train.runs.measures import Measures
 from grpo_autotune.train.trainer import build_trainer
 from tests.support.training import text_config
 

@@ -19,6 +19,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
 from grpo_autotune.runs.checkpoints import survey
+from grpo_autotune.train.runs import signals
 from grpo_autotune.train.runs.resumable import ResumableTrainer
 from grpo_autotune.train.trainer import TrainResult, run_training
 from grpo_autotune.trained.source import find_trained
@@ -288,14 +289,16 @@ def test_a_finished_run_resumed_does_nothing(tiny: Tiny, tmp_path: Path) -> None
 
 
 class AtSave(TrainerCallback):
-    """A scheduler whose signal comes while the first checkpoint is written."""
+    """A scheduler whose signal comes twice while the first checkpoint is written."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(signal.SIGUSR2)
 
 
-def test_a_signal_in_a_save_costs_no_further_step(tiny: Tiny, tmp_path: Path) -> None:
+def test_signals_in_a_save_cost_no_further_step(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "FORWARD_S", -1.0)  # the second is no launcher's copy
     result = run_training(text_config(tiny("qwen3"), tmp_path), tmp_path / "run", callbacks=[AtSave()])
     assert (result.steps, result.exit_code) == (2, 128 + signal.SIGUSR2)
     assert [checkpoint.step for checkpoint in survey(tmp_path / "run" / "checkpoints")] == [2]

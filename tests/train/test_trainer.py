@@ -266,7 +266,7 @@ def test_second_control_c_ends_at_once() -> None:
 
 
 def test_a_schedulers_signals() -> None:
-    """SIGUSR1 ahead of a time limit, passed on by the launcher; SIGTERM at the limit; the first again much later."""
+    """SIGUSR1 ahead of a time limit, passed on by the launcher; SIGTERM at the limit; the first again and again."""
     now, said, died, before = [0.0], [], [], signal.getsignal(signal.SIGUSR2)
     with StopRequest([signal.SIGUSR1, signal.SIGTERM], said.append, lambda: now[0], died.append) as request:
         assert signal.getsignal(signal.SIGUSR2) is before  # not asked for: as it was
@@ -276,8 +276,23 @@ def test_a_schedulers_signals() -> None:
         now[0] = 120.0
         signal.raise_signal(signal.SIGTERM)
         assert (request.signum, died, len(said)) == (signal.SIGUSR1, [], 1)
+        for _ in range(2):  # by the launcher as well
+            signal.raise_signal(signal.SIGUSR1)
+        assert (died, len(said)) == ([], 2) and "still stopping" in said[1]
+        now[0] = 140.0
         signal.raise_signal(signal.SIGUSR1)
         assert died == [signal.SIGUSR1]
+
+
+def test_control_c_behind_a_signal_is_told_once() -> None:
+    now, said, died = [0.0], [], []
+    with StopRequest(say=said.append, clock=lambda: now[0], die=died.append):
+        for now[0], signum in ((0.0, signal.SIGTERM), (1.0, signal.SIGINT), (1.1, signal.SIGINT)):
+            signal.raise_signal(signum)
+        assert (died, len(said)) == ([], 2)
+        now[0] = 2.0
+        signal.raise_signal(signal.SIGINT)
+    assert died == [signal.SIGINT]
 
 
 def test_a_checkpoint_of_weights_alone_is_no_start(tiny: Tiny, tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ def test_other_settings_are_refused_in_one_line(change: dict[str, object], told:
     assert len(CompletionFile(tmp_path / "out.jsonl", SETTINGS).completions) == 1
 
 
+def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
+    CompletionFile(tmp_path / "out.jsonl", SETTINGS).add([completion(1)])
+    moved = SETTINGS.model_copy(update={"checkpoint": "elsewhere/model"})
+    assert len(CompletionFile(tmp_path / "out.jsonl", moved).completions) == 1
+
+
 def test_a_file_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
@@ -94,6 +100,10 @@ def test_a_digest_tells_other_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     file.write_bytes(b"one")
     assert weights_digest(tmp_path) == first
+    file.write_bytes(bytes(3 << 20))
+    frozen_at_both_ends = weights_digest(tmp_path)
+    file.write_bytes(bytes(1 << 20) + bytes([1]) * (1 << 20) + bytes(1 << 20))
+    assert weights_digest(tmp_path) != frozen_at_both_ends
 
 
 def test_one_process_writes_a_file_and_an_empty_one_does_not_stay(tmp_path: Path) -> None:

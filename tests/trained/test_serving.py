@@ -19,8 +19,8 @@ from grpo_autotune.errors import ConfigError, EnvironmentProblem
 from grpo_autotune.rollout.server.command import Serving
 from grpo_autotune.rollout.server.process import Weights
 from grpo_autotune.trained.agreement import Answer, check_answer
-from grpo_autotune.trained.serving import serving_trained
-from grpo_autotune.trained.source import find_trained
+from grpo_autotune.trained.serving import served_weights, serving_trained
+from grpo_autotune.trained.source import base_section, find_trained
 from tests.commands.test_serve_cli import options
 from tests.support.training import text_config
 
@@ -130,6 +130,17 @@ def test_an_adapter_that_is_cut_short(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"12")
     with pytest.raises(ConfigError, match=r"the adapter cannot be read: .* The folder was not saved whole"):
         served(folder)
+
+
+def test_the_weights_beneath_are_read_where_they_are(tmp_path: Path) -> None:
+    whole, gone = tmp_path / "whole", tmp_path / "gone"
+    whole.mkdir()
+    (whole / "config.json").write_text(json.dumps(TEXT))
+    beside = adapter(tmp_path / "adapter", base_model_name_or_path=str(whole))
+    for place in (whole, beside):
+        assert served_weights(base_section(find_trained(place))) == Weights(str(whole), TEXT)
+    with pytest.raises(ConfigError, match=f"^model.name_or_path: .*{gone}"):
+        served_weights(base_section(find_trained(adapter(tmp_path / "other", base_model_name_or_path=str(gone)))))
 
 
 @pytest.mark.parametrize(

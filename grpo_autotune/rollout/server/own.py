@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.console import is_first_rank, say
 from grpo_autotune.rollout.server.process import OwnServer, Weights, address_keys, need_vllm
 
@@ -15,7 +16,7 @@ LOG = "serve.log"
 @contextmanager
 def own_server(
     config: RunConfig,
-    weights: Callable[[RunConfig], Weights],
+    weights: Callable[[ModelSection], Weights],
     gpus: Sequence[str],
     out_dir: Path,
     phase: Callable[[str], AbstractContextManager[None]],
@@ -29,7 +30,7 @@ def own_server(
         yield {}
         return
     need_vllm()
-    server = OwnServer(config, weights(config), gpus, out_dir / LOG)
+    server = OwnServer(config, weights(config.model), gpus, out_dir / LOG)
     try:
         say(f"a vLLM server starts at port {server.port} (its log: {server.log})")
         with phase("engine"):

@@ -5,7 +5,6 @@ the trainer is left the GPUs that it does not take.
 """
 
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.machine import installed
 from grpo_autotune.hardware.nvml import BEFORE, ORDER, PCI, VISIBLE
+from grpo_autotune.processes.fresh import free_port
 from grpo_autotune.processes.guarded import PYTHON, Guarded, exit_words, without_rank
 from grpo_autotune.rollout.server.command import HOST, Serving, serving, split_gpus
 from grpo_autotune.rollout.server.log import last_error, words
@@ -77,18 +77,6 @@ class OwnServer(VllmServer):
         super().__init__(serving_at(_at_port(config, self.port), weights, gpus), log)
 
 
-def weights_of(
-    config: RunConfig, load: Callable[[RunConfig], str], read: Callable[[RunConfig], Mapping[str, Any]]
-) -> Weights:
-    """The weights of a run as a server reads them. `load` makes sure that they exist (ConfigError where they do not)
-    and returns their source; it is not called for a folder, since it loads torch. `read` reads a configuration's
-    config.json."""
-    folder = Path(config.model.name_or_path or "").expanduser()
-    source = str(folder) if config.model.name_or_path and folder.is_dir() else load(config)
-    named = config.model.model_copy(update={"name_or_path": source})
-    return Weights(source, read(config) or read(config.model_copy(update={"model": named})))
-
-
 def serving_at(config: RunConfig, weights: Weights, gpus: Sequence[str]) -> Serving:
     """The command that serves these weights on these GPUs; raises as `command.serving`."""
     return serving(config, weights.source, weights.config_json, gpus)
@@ -122,13 +110,6 @@ def need_vllm() -> None:
     if not installed("vllm"):
         fix = "Install the extra `vllm`."
         raise EnvironmentProblem("serving needs the package vllm, which is not installed", where="serve", fix=fix)
-
-
-def free_port() -> int:
-    """A port of this machine at which nobody listens."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 def _at_port(config: RunConfig, port: int) -> RunConfig:

@@ -17,6 +17,7 @@ from grpo_autotune.config.places import check_same_adapter
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
+from grpo_autotune.speedups.shared_prefix.speedup import FUSED
 from grpo_autotune.train.models.load import first_line, load_model, lora_config, vision_tower
 
 WHERE = "model.adapter"
@@ -102,6 +103,14 @@ def with_adapter(model: Any, folder: str, *, where: str = "", **options: Any) ->
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise _unfit(model, where, f"{what} {names[0]}{more}")
     return adapted
+
+
+def check_head(model: Any) -> None:
+    """ConfigError for single trained tokens of the output layer: TRL's loss asks PEFT's layer for a bias (TRL 1.16)."""
+    if FUSED and hasattr(model.get_output_embeddings(), "token_adapter"):
+        what = "TRL's loss cannot train single tokens of the output layer, which may be tied to the embeddings"
+        fix = "Take peft.modules_to_save: [embed_tokens]; an adapter that has such tokens is to be merged first."
+        raise ConfigError(what, where="peft.trainable_token_indices", fix=fix)
 
 
 def settle_reference(trainer: Any, config: RunConfig) -> str:

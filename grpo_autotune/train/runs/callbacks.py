@@ -92,13 +92,12 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
         self._metrics, self._console, self._clock = metrics, console, clock
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._shown: dict[str, float] = {}
-        self._printed_s = -math.inf
         self._bar: ProgressBar | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ends.append(self._clock())
         if state.is_world_process_zero:
-            self._bar = ProgressBar("training", state.max_steps, self._console)
+            self._bar = ProgressBar("training", state.max_steps, self._console, self._clock)
             self._bar.update(state.global_step, "first step", None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -109,12 +108,9 @@ class ProgressLine(TrainerCallback):  # type: ignore[misc]
                 self._shown[name] = values[-1]
         if self._bar is None:
             return
-        line = self._line(state.global_step, state.max_steps)
-        plain = None
-        if self._ends[-1] - self._printed_s >= PLAIN_INTERVAL_S or state.global_step == state.max_steps:
-            self._printed_s = self._ends[-1]
-            plain = f"step {state.global_step}/{state.max_steps}  {line}"
-        self._bar.update(state.global_step, line, plain)
+        step, total = state.global_step, state.max_steps
+        line = self._line(step, total)
+        self._bar.update(step, line, f"step {step}/{total}  {line}", PLAIN_INTERVAL_S)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if len(self._ends) == 1:  # an evaluation before the first step is no part of it

@@ -7,7 +7,6 @@ meet at another port, where rank 0 serves it.
 """
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import torch.distributed
 from torch.distributed import DistError, DistStoreError
 
 from grpo_autotune.config.batch import world_size
+from grpo_autotune.processes.fresh import free_port
 
 LOOK_S = 0.5
 WAIT_S = 120.0
@@ -66,7 +66,7 @@ class Ranks:
         store.add("ready", 1)
         if self._rank == 0:
             self._all(store, "ready")
-            store.set("port", str(_free_port()))
+            store.set("port", str(free_port()))
         store.wait(["port"], timedelta(seconds=WAIT_S))
         port = store.get("port").decode()
         store.add("gone", 1)
@@ -87,9 +87,3 @@ def _store() -> Any:
     place, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=WAIT_S)
     store = stores.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=wait)
     return stores.PrefixStore("grpo_autotune/leaving", store)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -8,12 +8,12 @@ TRL's losses are linear in the KL term, whatever the loss type: `loss = policy +
 of the loss by a factor of that term, 1, is the term's part of the loss; autograd follows from the term on.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from grpo_autotune.records.evaluations import half_interval
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.train.branches.control import KlWeight
@@ -87,11 +87,3 @@ class Measures:
     def _evaluate(self, call_next: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self._prompt_means = []
         return call_next(*args, **kwargs)
-
-
-def half_interval(means: list[float]) -> float:
-    """Half of the 95 % interval of the mean of independent numbers, by Student's t; NaN for fewer than two."""
-    from scipy import stats
-
-    known = [value for value in means if not math.isnan(value)]
-    return float(stats.t.ppf(0.975, len(known) - 1) * stats.sem(known)) if len(known) > 1 else math.nan

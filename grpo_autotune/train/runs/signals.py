@@ -22,8 +22,9 @@ has sent to all processes already."""
 
 
 class StopRequest:
-    """While entered, turns the first of these signals, or Ctrl-C, into a wish to stop. The same one again, or Ctrl-C,
-    ends the process at once; another does not: Slurm sends SIGTERM behind the signal that it gave ahead of a limit.
+    """While entered, turns the first of these signals, or Ctrl-C, into a wish to stop. The same one again, or Ctrl-C
+    behind another, is only told, and ends the process at once when it comes once more, as a second Ctrl-C does: Slurm
+    repeats SIGTERM at the end of a grace time, and sends it behind the signal that it gave ahead of a limit.
 
     `say` tells the user, from inside a signal handler: it must not print through a buffered stream. `die` ends the
     process by a signal whose default action was put back.
@@ -40,7 +41,7 @@ class StopRequest:
         self.agreed = 0  # the one that some rank has received, as all ranks know since the last step
         self._say, self._clock, self._die = say or _write_line, clock, die or _die_by
         self._signals, self._pid = (signal.SIGINT, *signals), os.getpid()
-        self._at_s = 0.0
+        self._at_s, self._is_repeated = 0.0, False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -61,13 +62,17 @@ class StopRequest:
             self.signum, self._at_s = signum, now
             self._say(
                 f"{signal.Signals(signum).name}: stopping after this step, evaluation or save, with a checkpoint "
-                "(the same again, or Ctrl-C, ends at once, without saving)"
+                f"(Ctrl-C {'again' if signum == signal.SIGINT else 'twice'} ends at once, without saving)"
             )
         elif signum in (signal.SIGINT, self.signum) and now - self._at_s > (
             REPEAT_S if signum == signal.SIGINT else FORWARD_S
         ):
-            self._say("stopped at once: this step was not saved")
-            self._die(signum)
+            if self._is_repeated or signum == self.signum == signal.SIGINT:
+                self._say("stopped at once: this step was not saved")
+                self._die(signum)
+            else:
+                self._is_repeated, self._at_s = True, now
+                self._say(f"{signal.Signals(signum).name}: still stopping (once more ends at once, without saving)")
 
 
 def exit_code(signum: int) -> int:

@@ -12,11 +12,11 @@ from typing import Any
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError
 from grpo_autotune.hardware import detect
-from grpo_autotune.knobs.context import model_config
 from grpo_autotune.records.trial import SERVER_LOG, Progress, TrialOutcome, TrialSpec
 from grpo_autotune.rollout.server.command import split_gpus
 from grpo_autotune.rollout.server.log import logged_failure
-from grpo_autotune.rollout.server.process import OwnServer, server_key, weights_of
+from grpo_autotune.rollout.server.process import OwnServer, server_key
+from grpo_autotune.trained.serving import served_weights
 from grpo_autotune.trials.endings import Ending, ending_of_engine
 from grpo_autotune.trials.parent.watch import Watch
 
@@ -92,7 +92,7 @@ class ServerPool:
     def _start(self, spec: TrialSpec, folder: Path, watch: Watch, look: Callable[[], None]) -> bool:
         """Start a server, unless the one that there is will do; return whether it was started."""
         config, gpu_count = RunConfig.from_dict(spec.config), len(detect().gpus)
-        weights, (gpus, _) = weights_of(config, _source, model_config), split_gpus(config, gpu_count)
+        weights, (gpus, _) = served_weights(config.model, lambda line: None), split_gpus(config, gpu_count)
         server, pushed = self._server, gpu_count > 0 and config.vllm.weight_sync != "adapter"
         if server is not None and self.alive and not pushed and server.key == server_key(config, weights, gpus):
             return False
@@ -107,12 +107,6 @@ def is_served(spec: TrialSpec) -> bool:
     """Return whether a trial's configuration asks for a server of its own."""
     section: dict[str, Any] = spec.config.get("vllm") or {}
     return spec.script is None and section.get("server_gpus") is not None
-
-
-def _source(config: RunConfig) -> str:
-    from grpo_autotune.train.models.load import model_source
-
-    return model_source(config.model, lambda line: None)
 
 
 def _logged_ending(log: Path) -> Ending | None:
