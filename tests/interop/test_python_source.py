@@ -77,6 +77,51 @@ def test_a_name_of_several_values_is_not_known(tmp_path: Path) -> None:
     assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "**d": "d"}, {"**d": "d"}]
 
 
+OPTIONS = """
+import argparse
+def parsed():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("-b", "--batch-size", type=int, default=4)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--folder", default=os.getcwd())
+    return parser.parse_args()
+def main(args):
+    GRPOConfig(m=args.model, b=args.batch_size * 2, t=args.tune, f=args.folder, o=other.batch_size)
+args = parsed()
+GRPOConfig(b=args.batch_size)
+"""
+
+
+def test_options_of_a_command_are_at_their_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(OPTIONS)
+    for given, batch in (({}, 4), ({"batch_size": "16"}, 16)):
+        script = python_source.read(file, given)
+        config, last = script.called("GRPOConfig")
+        assert [setting.value for setting in config.arguments.values()] == [
+            "args.model", 2 * batch, False, "args.folder", "other.batch_size",
+        ]  # fmt: skip
+        assert last.arguments["b"].value == batch
+        usual = "" if given else "batch_size 4, "
+        assert script.warnings == [
+            f"options of its command are taken at their defaults (--env NAME=VALUE): {usual}tune False"
+        ]
+
+
+def test_arguments_of_an_object_and_a_chat_template(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        "made = ModelConfig(model_name_or_path='m', x=f())\nmodel, tokenizer = load(made.model_name_or_path)\n"
+        "text = 'a{b}' + made.model_name_or_path\ntext = text.replace('{b}', 'c')\ntokenizer.chat_template = text\n"
+        "GRPOTrainer(model=made.model_name_or_path, x=made.x, y=made.y)\n"
+    )
+    script = python_source.read(file)
+    (trainer,) = script.called("GRPOTrainer")
+    assert [setting.value for setting in trainer.arguments.values()] == ["m", "made.x", "made.y"]
+    assert script.called("chat_template")[0].arguments == {"chat_template": Setting("acm", 5, text="text")}
+
+
 def test_a_notebook_by_cells(tmp_path: Path) -> None:
     sources = [
         ["%%bash\n", "pip install nothing\n"],

@@ -25,7 +25,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names
     r"(.*\.)?load_dataset": {"0": "dataset_name", "path": "dataset_name", "1": "dataset_config",
                              "name": "dataset_config", "split": "dataset_train_split"},
     r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
-    r"(.*\.)?BitsAndBytesConfig": {},
+    r"(.*\.)?(BitsAndBytes|Model)Config|chat_template": {},
     r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
 FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")  # of several such calls the first counts, else the last
@@ -35,6 +35,8 @@ OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokeniz
 FILES = ("json", "csv", "parquet")  # first argument of `load_dataset` where `data_files` names the data
 LIGHT = re.compile(r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))")
 """Calls that cost nothing."""
+CHANGING = (ast.For, ast.While, ast.AugAssign)  # statements after which only a run can tell what a name holds
+MESSAGE = re.compile(r"""['"]content['"]""")
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")
 
 
@@ -68,7 +70,25 @@ def with_program(source: Source) -> Source:
         return source
     wanted = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", *MANY_TURNS)
     named = {key: replace(one, file=path.name) for key, one in made.items() if key in wanted}
-    return replace(source, settings={**named, **source.settings})
+    given = dict(source.settings)
+    for key, one in named.items():  # `load_dataset(script_args.data)` takes the command's own --data
+        option = re.fullmatch(r"\w*args\.(\w+)", str(one.text))
+        named[key] = given.pop(option[1]) if option and option[1] in given.keys() - named.keys() else one
+    return replace(source, settings={**named, **given})
+
+
+MODEL_CONFIG = "ModelConfig."
+NOT_HANDED_ON = "the script does not hand it to the trainer"
+
+
+def unread(source: Source) -> dict[str, str]:
+    """Settings of a script's `ModelConfig` that do not reach its trainer: its model is loaded by a name alone."""
+    given = source.settings
+    if "model_init_kwargs" in given or not any(key.startswith(MODEL_CONFIG) for key in given):
+        return {}
+    names = ("torch_dtype", "dtype", "attn_implementation", "model_revision", "trust_remote_code")
+    bits = () if "GRPOTrainer.quantization_config" in given else ("load_in_4bit", "load_in_8bit")
+    return dict.fromkeys((*names, *bits), NOT_HANDED_ON)
 
 
 def unified(source: Source) -> Source:
@@ -120,15 +140,20 @@ def _from_files(made: dict[str, Setting]) -> dict[str, Setting]:
 def _training_data(source: Source) -> list[tuple[str | None, range]]:
     """Places of the `load_dataset` calls that the trainer's data come from, by the names that were assigned to."""
     path = program(source)
-    nodes = [] if path is None else [(cell, node) for cell, tree in _trees(path) for node in ast.walk(tree)]
+    trees = enumerate(_trees(path) if path else ())
+    nodes = [((place, getattr(node, "lineno", 0)), cell, node)
+             for place, (cell, tree) in trees for node in ast.walk(tree)]  # fmt: skip
+    trainers = [(at, cell, node.keywords) for at, cell, node in nodes
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("GRPOTrainer")]  # fmt: skip
+    if not trainers:
+        return []
+    over, cell, words = max(trainers, key=lambda one: one[0])
+    todo: list[tuple[str | None, ast.AST]] = [(cell, word.value) for word in words if word.arg == "train_dataset"]
     made: dict[str, list[tuple[str | None, ast.AST]]] = {}
-    todo: list[tuple[str | None, ast.AST]] = []
-    for cell, node in nodes:
-        if isinstance(node, ast.Assign | ast.FunctionDef):
+    for at, cell, node in nodes:
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.Assign) and at <= over):
             for name in _defined(node):
                 made.setdefault(name, []).append((cell, node))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("GRPOTrainer"):
-            todo = [(cell, word.value) for word in node.keywords if word.arg == "train_dataset"]
     places: list[tuple[str | None, range]] = []
     while todo:
         cell, part = todo.pop()
@@ -159,6 +184,9 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
     if wanted:
         text, missing = script.module(wanted)
         to.files[f"{module}.py"] = text
+        if texts := [name for name in wanted if not MESSAGE.search(script.module([name])[0])]:
+            what = "completions are lists of messages here, and nothing in it reads their 'content'"
+            to.warnings.append(f"{module}.py, {', '.join(texts)}: {what}")
         if missing:
             to.warnings.append(f"{module}.py uses {', '.join(missing)}, which the script makes while it runs: add it")
     return items
@@ -174,6 +202,7 @@ class _Functions:
     def __init__(self, path: Path) -> None:
         self.body = [statement for _, tree in _trees(path) for statement in _flat(tree.body)]
         self.statements: dict[str, ast.stmt] = {name: one for one in self.body for name in _defined(one)}
+        self.changed = {node.id for one in self.body if isinstance(one, CHANGING) for node in _stored(one)}
 
     def origin(self, text: str) -> str:
         """`module:function` of an imported one, else empty."""
@@ -193,7 +222,7 @@ class _Functions:
         while todo:
             name = todo.pop()
             statement = self.statements.get(name)
-            if statement is None or (name not in names and _runs(statement)):
+            if statement is None or name in self.changed or (name not in names and _runs(statement)):
                 missing.append(name)
                 continue
             kept.add(id(statement))
@@ -222,9 +251,11 @@ def _defined(statement: ast.AST) -> Iterator[str]:
     elif isinstance(statement, ast.Import | ast.ImportFrom):
         yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
     elif isinstance(statement, ast.Assign | ast.AnnAssign):
-        yield from (
-            node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and node.ctx.__class__ is ast.Store
-        )
+        yield from (node.id for node in _stored(statement))
+
+
+def _stored(statement: ast.AST) -> Iterator[ast.Name]:
+    return (node for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
 
 
 def _used(statement: ast.AST) -> set[str]:
