@@ -90,6 +90,14 @@ def test_deepspeed_that_is_not_at_hand_is_told_and_the_rest_loads(tmp_path) -> N
     assert (row.kind, row.why) == ("changes", f"{lost}, and nothing is sharded: set `grpo.deepspeed`")
 
 
+@pytest.mark.parametrize(("kind", "verdict"), [("log", "changes"), ("linear", "converted")])
+def test_a_warm_up_of_deepspeed_is_a_logarithm_by_default(tmp_path, kind, verdict) -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 20, "warmup_type": kind}}
+    (tmp_path / "ds.json").write_text(json.dumps({**ZERO, "scheduler": scheduler}))
+    result = imported(tmp_path, start="NPROC_PER_NODE=2 swift rlhf", more="--deepspeed ds.json")
+    assert {row.key: row.kind for row in result.rows}["deepspeed.scheduler.type"] == verdict
+
+
 def test_accelerate_says_processes_and_zero(tmp_path) -> None:
     result = launched(tmp_path, ACCELERATE)
     assert result.world_size == 4

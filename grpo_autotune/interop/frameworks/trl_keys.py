@@ -7,6 +7,7 @@ GRPO's loss of 0.14 is `grpo`. Most keys keep their meaning under their own name
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
@@ -14,7 +15,7 @@ from grpo_autotune.config.renamed_keys import MOVED, SAID
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS, unknown
-from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
 Version = tuple[int, int]
@@ -61,11 +62,13 @@ def defaults(version: Version) -> dict[str, Any]:
 def choose(source: Source, asked: str | None, pinned: str | None = None) -> tuple[Version, str, str]:
     """The release that a source was written for, its name, and why it is taken. ConfigError for one without GRPO."""
     hint = source.hints.get("trl")
+    last, found = by_keys(source.settings)
+    is_older = source.framework == "open-r1" and last in LAST_WITH  # its recipes are older than what it pins today
     name, why = (
         (asked, "--source-version") if asked
-        else (hint, "the version that the file installs") if hint
-        else (pinned, f"the version that {source.framework} pins") if pinned
-        else by_keys(source.settings)
+        else (hint, "the version that the file names") if hint
+        else (pinned, f"the version that {source.framework} pins") if pinned and not (is_older and last < pinned)
+        else (last, found)
     )  # fmt: skip
     parts = (name or "").lstrip("v").split(".")
     if not all(part.isdecimal() for part in parts[:2]):
@@ -117,8 +120,9 @@ INERT = {
     "overwrite_output_dir": "give another folder with output.dir", "do_train": "always",
     "do_eval": "eval_strategy decides", "accelerate_config": "how processes are started",
     "num_processes": "the number of processes", "local_rank": "the launcher says it",
+    "config": "its settings have rows",
     "vllm_device": "the engine's GPU: vllm_mode decides", "logging_nan_inf_filter": "a loss of NaN stops the run",
-    "bnb_4bit_compute_dtype": "bf16 and fp16 say in what is computed", "reward_weights": "weights of the rewards",
+    "reward_weights": "weights of the rewards",
 }  # fmt: skip
 SPEED = {
     "ds3_gather_for_generation": "how ZeRO-3 gathers weights", "bnb_4bit_quant_storage": "how weights are stored",
@@ -131,6 +135,22 @@ MODEL_INIT = {  # arguments of `from_pretrained` -> key paths
 }  # fmt: skip
 RUNS = "only a run of the program can tell its value: set it by hand"
 SHELL = "the shell builds it: write what it gives"
+
+
+SWITCHES = {**dict.fromkeys(("1", "yes", "y", "t"), True), **dict.fromkeys(("0", "no", "n", "f"), False)}
+MEMBER = re.compile(r"(\w+\.)*(?P<kind>TaskType|\w+(Type|Strategy|Names))\.(?P<name>[A-Z_0-9]+)")
+
+
+def plain(key: str, setting: Setting) -> Setting:
+    """A setting with the other words for true and false of HfArgumentParser, and with a member of an enumeration, as
+    the plain value."""
+    value, known = setting.value, grpo_keys().get(key)
+    is_switch = key in ("use_peft", "load_in_4bit", "load_in_8bit") or (known is not None and known.allows(True))
+    if is_switch and str(value).lower() in SWITCHES and not (known is not None and known.allows(value)):
+        return replace(setting, value=SWITCHES[str(value).lower()])
+    if match := MEMBER.fullmatch(str(value)):
+        return replace(setting, value=match["name"] if match["kind"] == "TaskType" else match["name"].lower())
+    return setting
 
 
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
@@ -288,10 +308,17 @@ def _quantized(to: Translation, key: str) -> None:
     to.inert(key, "as here") if to.value(key) in (True, "nf4") else to.changes(key, {}, SAID["bnb_4bit_quant_type"])
 
 
+def _computed(to: Translation, key: str) -> None:
+    is_plain = to.value("bf16") is False and not to.value("fp16")
+    is_other = str(to.value(key)).removeprefix("torch.") != str(to.value("dtype")).removeprefix("torch.")
+    to.changes(key, {}, SAID[key]) if is_plain and is_other else to.inert(key, "bf16 and fp16 say in what is computed")
+
+
 HANDLERS: dict[str, Handler] = {
     **{key: inert(why) for key, why in INERT.items()}, **{key: speed(why) for key, why in SPEED.items()},
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
+    "bnb_4bit_compute_dtype": _computed,
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
     "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": lambda to, key: to.converted(
         key, {} if to.value(key) == "prompt" else {"data.columns.prompt": to.value(key)}, "the prompt's column"
