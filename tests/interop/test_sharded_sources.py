@@ -112,6 +112,13 @@ def test_accelerate_says_processes_and_zero(tmp_path) -> None:
     assert "deepspeed" not in launched(tmp_path, ACCELERATE, world_size=1).config["grpo"]
 
 
+def test_accelerate_with_ranks_that_share_a_sequence(tmp_path) -> None:
+    shared = {"parallelism_config": {"parallelism_config_sp_size": 2, "parallelism_config_tp_size": 1}}
+    table = {row.key: row.kind for row in launched(tmp_path, {**ACCELERATE, **shared}).rows}
+    sizes = [table[f"launch.parallelism_config.parallelism_config_{kind}_size"] for kind in ("sp", "tp")]
+    assert sizes == ["none", "speed"]
+
+
 def test_accelerate_with_fsdp(tmp_path) -> None:
     config = {key: value for key, value in ACCELERATE.items() if key != "deepspeed_config"}
     config |= {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": False}}
