@@ -43,7 +43,7 @@ def test_arguments_with_values_lines_and_source(tmp_path: Path) -> None:
     (config,) = script.called("GRPOConfig")
     assert config.arguments == {
         "0": Setting("out", 12), "beta": Setting(0.0, 13),
-        "max_completion_length": Setting("total - P if P else 1", 14, text="total - P if P else 1"),
+        "max_completion_length": Setting(768, 14, text="total - P if P else 1"),
         "warmup": Setting(1017, 15, text="total - n"), "run_name": Setting("run-7", 16, text="name"),
         "path": Setting("there", 17, text="os.environ.get('OUT', 'here')"),
         "secret": Setting("os.environ['X']", 18, text="os.environ['X']"),
@@ -107,6 +107,20 @@ def test_options_of_a_command_are_at_their_defaults(tmp_path: Path) -> None:
         assert script.warnings == [
             f"options of its command are taken at their defaults (--env NAME=VALUE): {usual}tune False"
         ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("n or 2", 4), ("None or n", 4), ("n and 0", 0), ("f() or 2", "f() or 2"), ("n if n > 3 else 1", 4),
+        ("1 if f() else n", "1 if f() else n"), ("False if kind == 'none' else True", False), ("n is not None", True),
+        ("kind in ('a', 'none')", True), ("1 < n < 5", "1 < n < 5"), ("n < 'a'", "n < 'a'"),
+    ],
+)  # fmt: skip
+def test_a_condition_that_is_known(tmp_path: Path, text: str, value: object) -> None:
+    (tmp_path / "train.py").write_text(f"n, kind = 4, 'none'\nGRPOConfig(x={text})\n")
+    (call,) = python_source.read(tmp_path / "train.py").called("GRPOConfig")
+    assert call.arguments["x"].value == value
 
 
 def test_arguments_of_an_object_and_a_chat_template(tmp_path: Path) -> None:

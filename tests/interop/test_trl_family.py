@@ -227,6 +227,17 @@ def test_adapter_of_a_command_line() -> None:
     }  # fmt: skip
 
 
+def test_further_keys_of_sampling_win_over_the_plain_ones() -> None:
+    further = {"top_k": 50, "do_sample": True, "pad_token_id": "tokenizer.pad_token_id", "typical_p": 0.9}
+    record = of_trl({"top_k": 3, "generation_kwargs": further})
+    assert record.config["grpo"]["top_k"] == 50 and row(record, "generation_kwargs").kind == "converted"
+    assert record.config["grpo"]["generation_kwargs"] == {"do_sample": True, "typical_p": 0.9}
+    record = of_trl({"generation_kwargs": {"temperature": 0.3, "max_new_tokens": 9}, "temperature": 0.9})
+    assert record.config["grpo"]["temperature"] == 0.3 and "generation_kwargs" not in record.config["grpo"]
+    assert "max_new_tokens: Use" in row(record, "generation_kwargs").why
+    assert row(record, "generation_kwargs").kind == "changes" and row(record, "temperature").to == {}
+
+
 @pytest.mark.parametrize(("bf16", "dtype", "kind"), [(False, "float32", "changes"), (None, "float32", "same"),
                                                       (False, "float16", "same")])  # fmt: skip
 def test_type_that_4_bits_are_computed_in(bf16: bool | None, dtype: str, kind: str) -> None:
@@ -573,6 +584,26 @@ def test_a_program_with_a_model_config(tmp_path: Path) -> None:
     assert "mark = None" not in record.files["train_rewards.py"]
     path.write_text(MADE.replace("{more}", ", model_init_kwargs={'dtype': 'bfloat16'}"))
     assert imported(import_file(path)).config["model"]["dtype"] == "bfloat16"
+
+
+GOING_ON = """# trl=={version}
+base = AutoModelForCausalLM.from_pretrained("org/m", dtype="bfloat16")
+model = PeftModel.from_pretrained(base, "sft/final", is_trainable=True)
+args = GRPOConfig(eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
+GRPOTrainer(model=model, reward_funcs=accuracy_reward, args=args, train_dataset=load_dataset("d"))
+model = PeftModel.from_pretrained(base, "out")
+from trl.rewards import accuracy_reward
+"""
+
+
+@pytest.mark.parametrize(("version", "reference"), [("0.26.2", "base"), ("0.27.0", "adapter")])
+def test_a_script_that_goes_on_from_an_adapter(version: str, reference: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(GOING_ON.replace("{version}", version))
+    config = imported(import_file(path)).config
+    assert config["model"]["adapter"] == "sft/final" and "peft" not in config
+    assert config["model"].get("adapter_reference", "adapter") == reference
+    assert (config["grpo"]["eval_strategy"], config["grpo"]["load_best_model_at_end"]) == ("no", False)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def translated(
     read = replace(said, settings={key: plain(key, one) for key, one in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
     is_peft = is_script and "use_peft" not in read.settings  # a script without `ModelConfig`
-    model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_peft else MODEL
+    adapts = any(key.startswith("lora_") or key == "adapter" for key in read.settings)
+    model = {**PEFT, "use_peft": adapts} if is_peft else MODEL
     weights = "auto" if is_script and number == (0, 26) else "float32"
     to = Translation(read, {**model, "dtype": weights, **defaults(number), **over}, name, why, world_size)
     _batch(to, number, micro, ranks)
@@ -107,11 +108,17 @@ def _token_loss(to: Translation, key: str) -> None:
     to.verdict("changes" if differs else "same", key, {"grpo.loss_type": to.value(key)}, note if differs else "")
 
 
+def _adapter(to: Translation, key: str) -> None:
+    targets = {"model.adapter": to.value(key), "model.adapter_reference": "base"}
+    to.converted(key, targets, "the reference is the model without it")
+
+
 KERNELS = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
 OF_RELEASE: dict[str, tuple[Version, Handler]] = {  # key -> the release of today's meaning, and what to do before that
     "use_liger_kernel": ((0, 28), speed(KERNELS)),
     "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
     "loss_type": ((1, 9), _token_loss),
+    "adapter": ((0, 27), _adapter),
 }
 
 
@@ -121,6 +128,8 @@ def _whole(to: Translation) -> None:
         if trl_script.is_script(to.source):
             note = "the script's own code makes the held-out rows: off until data.eval_split or eval_path names some"
             to.changes("eval_strategy", {"grpo.eval_strategy": "no"}, note)
+            if to.value("load_best_model_at_end"):
+                to.changes("load_best_model_at_end", {"grpo.load_best_model_at_end": False}, "off with the evaluation")
         else:
             to.set("data.eval_split", "test", "TRL's default")
     needed = {"data.path": ("data set", "dataset_name"), "model.name_or_path": ("model", "model_name_or_path")}

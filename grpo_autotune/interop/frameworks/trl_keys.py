@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.renamed_keys import MOVED, SAID
+from grpo_autotune.config.sampling import RANGES, UNUSABLE
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS, unknown
@@ -97,7 +98,7 @@ PLACES = {  # key -> the key path that means the same, beside `renamed_keys.MOVE
     "chat_template": "model.chat_template", "system_prompt": "data.system_prompt",
     "lora_alpha": "peft.lora_alpha", "lora_dropout": "peft.lora_dropout", "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora", "lora_bias": "peft.bias", "max_pixels": "data.max_pixels",
-    "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len",
+    "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len", "adapter": "model.adapter",
     "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
 }  # fmt: skip
 SPELLINGS: Mapping[str, Mapping[Any, Any]] = {  # key -> a value as text -> the same as it is written here
@@ -120,7 +121,7 @@ INERT = {
     "overwrite_output_dir": "give another folder with output.dir", "do_train": "always",
     "do_eval": "eval_strategy decides", "accelerate_config": "how processes are started",
     "num_processes": "the number of processes", "local_rank": "the launcher says it",
-    "config": "its settings have rows",
+    "config": "its settings have rows", "is_trainable": "an adapter is trained",
     "vllm_device": "the engine's GPU: vllm_mode decides", "logging_nan_inf_filter": "a loss of NaN stops the run",
     "reward_weights": "weights of the rewards",
 }  # fmt: skip
@@ -159,6 +160,8 @@ def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
         value = to.value(needed)
         if re.fullmatch(pattern, key) and not (value if wanted is True else value in wanted):
             return to.inert(key, why)
+    if key in RANGES and key in _sampling(to):
+        return to.inert(key, "generation_kwargs wins over it")
     if key.startswith(("hub_", "push_to_hub")) and key not in handlers:
         return to.dropped(key, "nothing is published: push the trained folder yourself")
     return handlers.get(key, _plain)(to, key)
@@ -284,6 +287,27 @@ def _resize(to: Translation, key: str) -> None:
     to.changes(key, {"data.image_size": max(size)} if size else {}, note)
 
 
+def _sampling(to: Translation) -> Mapping[str, Any]:
+    given = to.value("generation_kwargs")
+    return given if isinstance(given, dict) else {}
+
+
+def _generation(to: Translation, key: str) -> None:
+    """Further keys of sampling: plain ones among them go to their own place, those that TRL sets are left out."""
+    given = _sampling(to)
+    lost = [name for name, value in given.items() if name not in RANGES and (name in UNUSABLE or name in OF_TOKENIZER)]
+    kept = {name: value for name, value in given.items() if name not in (*RANGES, *lost)}
+    targets = {f"grpo.{name}": value for name, value in given.items() if name in RANGES}
+    targets |= {"grpo.generation_kwargs": kept} if kept else {}
+    notes = [f"{name}: {UNUSABLE[name]}" for name in lost if name in UNUSABLE]
+    if given.get("temperature", to.value("temperature")) != to.value("temperature"):
+        notes.append("there the training pass does not divide by this temperature")
+    (to.changes if notes else to.converted)(key, targets, "; ".join(notes) or "the plain keys")
+
+
+OF_TOKENIZER = ("pad_token_id", "eos_token_id", "bos_token_id")
+
+
 def _many_turns(to: Translation, key: str) -> None:
     what = "rollouts of several turns or with tools are not imported"
     raise ConfigError(what, where=to.where(key), fix="Take the script itself: grpo-autotune run.")
@@ -318,7 +342,7 @@ HANDLERS: dict[str, Handler] = {
     **{key: inert(why) for key, why in INERT.items()}, **{key: speed(why) for key, why in SPEED.items()},
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
-    "bnb_4bit_compute_dtype": _computed,
+    "bnb_4bit_compute_dtype": _computed, "generation_kwargs": _generation,
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
     "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": lambda to, key: to.converted(
         key, {} if to.value(key) == "prompt" else {"data.columns.prompt": to.value(key)}, "the prompt's column"

@@ -18,6 +18,7 @@ LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lo
         "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters"}  # fmt: skip
 NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names of TRL's command line
     r"(.*\.)?(LoraConfig|get_peft_model)": LORA,
+    r"(.*\.)?PeftModel\.from_pretrained": {"1": "adapter", "model_id": "adapter"},
     r".*\.from_pretrained": {
         "0": "model_name_or_path", "model_name": "model_name_or_path", "revision": "model_revision",
         "pretrained_model_name_or_path": "model_name_or_path", "torch_dtype": "dtype",

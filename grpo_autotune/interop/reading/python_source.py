@@ -21,6 +21,8 @@ PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: +left * +right,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda one, many: one in many,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
 OF_OPTION = ("default", "action", "dest", "required")
@@ -251,7 +253,24 @@ class _Reader(ast.NodeVisitor):
             return self.called(node, unknown)
         if isinstance(node, ast.Attribute):
             return self.attribute(node, unknown)
+        if isinstance(node, ast.IfExp | ast.BoolOp | ast.Compare):
+            return self.decided(node, unknown)
         return node.value if isinstance(node, ast.Constant) else unknown
+
+    def decided(self, node: ast.IfExp | ast.BoolOp | ast.Compare, unknown: Unknown) -> Any:
+        """The side that a condition takes, or its truth."""
+        if isinstance(node, ast.IfExp):
+            test = self.value(node.test)
+            return unknown if isinstance(test, Unknown) else self.value(node.body if test else node.orelse)
+        if isinstance(node, ast.Compare):
+            function = OPERATORS.get(type(node.ops[0])) if len(node.ops) == 1 else None
+            return self.computed(function, [self.value(side) for side in (node.left, node.comparators[0])], unknown)
+        value: Any = unknown
+        for side in node.values:
+            value = self.value(side)
+            if isinstance(value, Unknown) or bool(value) == isinstance(node.op, ast.Or):
+                break
+        return unknown if isinstance(value, Unknown) else value
 
     def attribute(self, node: ast.Attribute, unknown: Unknown) -> Any:
         """An argument of the call that made an object; of argparse's, what is given for it, else its default."""
