@@ -152,13 +152,15 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
     )  # fmt: skip
 
 
+COMMAND = re.compile(r"\s*(accelerate launch|torchrun|python3?|trl) ")
+
+
 def _commands_in(text: str, places: range) -> list[str]:
     """The commands of a script's docstring, each on its own lines; the rest of the script is left out."""
-    lines, commands = text.splitlines(), list[str]()
-    for start in (n for n in places if re.match(r"\s*(accelerate launch|torchrun|python3?|trl) ", lines[n - 1])):
-        stop = next((n for n in range(start, len(lines)) if not lines[n - 1].rstrip().endswith("\\")), start)
-        commands.append("\n" * (start - 1) + "\n".join(lines[start - 1 : stop]))
-    return commands
+    lines = text.splitlines()
+    starts = [n for n in places if COMMAND.match(lines[n - 1])]
+    stops = [next((n for n in range(n, len(lines)) if not lines[n - 1].rstrip().endswith("\\")), n) for n in starts]
+    return ["\n" * (n - 1) + "\n".join(lines[n - 1 : stop]) for n, stop in zip(starts, stops, strict=True)]
 
 
 def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:

@@ -145,14 +145,15 @@ def _zero(path: str) -> str | dict[str, Any]:
     return path if name is None or Path(path).is_file() else sharding.zero(int(name[1]), optimizer=offload)
 
 
+CODE = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+
+
 def _data(to: Translation, key: str) -> None:
-    code = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
-    note = code if _is_code(to, key) or _is_code(to, "reward_funcs") else SHELL if "$" in str(to.value(key)) else ""
-    comment = "rows as they are published" if note == code else ""
     if trl_script.unknown(to.source.settings[key]):
-        to.dropped(key, RUNS)
-    else:
-        to.verdict("changes" if note else "same", key, {"data.path": to.value(key)}, note, comment)
+        return to.dropped(key, RUNS)
+    note = CODE if _is_code(to, key) or _is_code(to, "reward_funcs") else SHELL if "$" in str(to.value(key)) else ""
+    comment = "rows as they are published" * (note == CODE)
+    return to.verdict("changes" if note else "same", key, {"data.path": to.value(key)}, note, comment)
 
 
 def _is_code(to: Translation, key: str) -> bool:

@@ -63,13 +63,13 @@ def defaults(version: Version) -> dict[str, Any]:
 def choose(source: Source, asked: str | None, pinned: str | None = None) -> tuple[Version, str, str]:
     """The release that a source was written for, its name, and why it is taken. ConfigError for one without GRPO."""
     hint = source.hints.get("trl")
-    last, found = by_keys(source.settings)
+    last, by = by_keys(source.settings)
     is_older = source.framework == "open-r1" and last in LAST_WITH  # its recipes are older than what it pins today
     name, why = (
         (asked, "--source-version") if asked
         else (hint, "the version that the file names") if hint
         else (pinned, f"the version that {source.framework} pins") if pinned and not (is_older and last < pinned)
-        else (last, found)
+        else (last, by)
     )  # fmt: skip
     parts = (name or "").lstrip("v").split(".")
     if not all(part.isdecimal() for part in parts[:2]):

@@ -78,18 +78,17 @@ def with_program(source: Source) -> Source:
     return replace(source, settings={**named, **given})
 
 
-MODEL_CONFIG = "ModelConfig."
 NOT_HANDED_ON = "the script does not hand it to the trainer"
+OF_MODEL = ("torch_dtype", "dtype", "attn_implementation", "model_revision", "trust_remote_code")
+OF_BITS = ("load_in_4bit", "load_in_8bit")
 
 
 def unread(source: Source) -> dict[str, str]:
     """Settings of a script's `ModelConfig` that do not reach its trainer: its model is loaded by a name alone."""
     given = source.settings
-    if "model_init_kwargs" in given or not any(key.startswith(MODEL_CONFIG) for key in given):
-        return {}
-    names = ("torch_dtype", "dtype", "attn_implementation", "model_revision", "trust_remote_code")
-    bits = () if "GRPOTrainer.quantization_config" in given else ("load_in_4bit", "load_in_8bit")
-    return dict.fromkeys((*names, *bits), NOT_HANDED_ON)
+    bits = () if "GRPOTrainer.quantization_config" in given else OF_BITS
+    is_read = "model_init_kwargs" in given or not any(key.startswith("ModelConfig.") for key in given)
+    return {} if is_read else dict.fromkeys((*OF_MODEL, *bits), NOT_HANDED_ON)
 
 
 def unified(source: Source) -> Source:
