@@ -73,8 +73,8 @@ UNREAD: Final = {
 }
 CALLS = re.compile(  # calls of a script that say something about its training
     r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|ModelConfig|load_dataset|SamplingParams"
-    r"|get_peft_model|resize)|chat_template"
-    r"|(\w*Fast\w+|AutoModel\w*|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
+    r"|get_peft_model|resize)|chat_template|m(ax|in)_pixels"
+    r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
 PLACEHOLDER = re.compile(r"(?<=[\s=])(<[A-Za-z](?:[\w ./:-]*\w)?>)(?=\s)")  # `--model <your model>`: no redirection

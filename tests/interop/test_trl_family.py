@@ -588,10 +588,14 @@ def test_a_program_with_a_model_config(tmp_path: Path) -> None:
 
 GOING_ON = """# trl=={version}
 base = AutoModelForCausalLM.from_pretrained("org/m", dtype="bfloat16")
+processor = AutoProcessor.from_pretrained("org/m", max_pixels=512 * 512, padding_side="left", revision="dev")
+processor.image_processor.min_pixels = 3136
+processor.tokenizer.chat_template = "{{ messages }}"
 model = PeftModel.from_pretrained(base, "sft/final", is_trainable=True)
 args = GRPOConfig(eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
 GRPOTrainer(model=model, reward_funcs=accuracy_reward, args=args, train_dataset=load_dataset("d"))
 model = PeftModel.from_pretrained(base, "out")
+processor = AutoProcessor.from_pretrained("org/m", max_pixels=9)
 from trl.rewards import accuracy_reward
 """
 
@@ -601,6 +605,8 @@ def test_a_script_that_goes_on_from_an_adapter(version: str, reference: str, tmp
     path = tmp_path / "train.py"
     path.write_text(GOING_ON.replace("{version}", version))
     config = imported(import_file(path)).config
+    assert (config["data"]["max_pixels"], config["data"]["min_pixels"]) == (262144, 3136)
+    assert config["model"]["chat_template"].startswith("{{") and "revision" not in config["model"]
     assert config["model"]["adapter"] == "sft/final" and "peft" not in config
     assert config["model"].get("adapter_reference", "adapter") == reference
     assert (config["grpo"]["eval_strategy"], config["grpo"]["load_best_model_at_end"]) == ("no", False)

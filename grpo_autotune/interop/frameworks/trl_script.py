@@ -14,11 +14,12 @@ from grpo_autotune.interop.reading.files import beside, text_of
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
+PROCESSOR = r"(.*\.)?\w*Processor\.from_pretrained"
 LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lora_task_type", "bias": "lora_bias",
         "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters"}  # fmt: skip
 NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names of TRL's command line
     r"(.*\.)?(LoraConfig|get_peft_model)": LORA,
-    r"(.*\.)?PeftModel\.from_pretrained": {"1": "adapter", "model_id": "adapter"},
+    PROCESSOR: {}, r"(.*\.)?PeftModel\.from_pretrained": {"1": "adapter", "model_id": "adapter"},
     r".*\.from_pretrained": {
         "0": "model_name_or_path", "model_name": "model_name_or_path", "revision": "model_revision",
         "pretrained_model_name_or_path": "model_name_or_path", "torch_dtype": "dtype",
@@ -26,7 +27,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names
     r"(.*\.)?load_dataset": {"0": "dataset_name", "path": "dataset_name", "1": "dataset_config",
                              "name": "dataset_config", "split": "dataset_train_split"},
     r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
-    r"(.*\.)?(BitsAndBytes|Model)Config|chat_template": {},
+    r"(.*\.)?(BitsAndBytes|Model)Config": {}, **{key: {} for key in python_source.OF_PROCESSOR},
     r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
 FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")  # of several such calls the first counts, else the last
@@ -116,6 +117,7 @@ def unified(source: Source) -> Source:
         for argument, setting in ((key.rpartition(".")[2], setting) for key, setting in members.items()):
             name = NAMES[kind].get(argument, argument)
             is_said = not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS
+            is_said = is_said and (kind != PROCESSOR or name in python_source.OF_PROCESSOR)
             named |= {name: setting} if is_said and not name.isdecimal() else {}
         is_of_training = call.endswith("GRPOTrainer") or not is_late
         if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):

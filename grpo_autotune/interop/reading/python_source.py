@@ -25,6 +25,7 @@ OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda one, many: one in many,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
+OF_PROCESSOR = ("chat_template", "max_pixels", "min_pixels")  # what a script sets on its tokenizer or processor
 OF_OPTION = ("default", "action", "dest", "required")
 PARSED = re.compile(r"(.*\.)?(parse|get)_(known_)?(args|arguments)")  # calls that make the values of argparse
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
@@ -197,8 +198,8 @@ class _Reader(ast.NodeVisitor):
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
-        elif name.endswith(".chat_template"):
-            self.script.calls.append(Call("chat_template", {"chat_template": self.setting(value)}, value.lineno))
+        elif isinstance(target, ast.Attribute) and target.attr in OF_PROCESSOR:
+            self.script.calls.append(Call(target.attr, {target.attr: self.setting(value)}, value.lineno))
         elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
             self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
         elif isinstance(target, ast.Attribute) and isinstance(call, Call):
