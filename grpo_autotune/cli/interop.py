@@ -55,9 +55,10 @@ def import_(
             if out is not None and file.exists() and out.exists() and out.samefile(file):
                 raise ConfigError("this is the file to import", where=f"--out {out}", fix="Name another one.")
         how: Any = {"framework": from_, "version": version, "environment": environment(env), "world_size": world_size}
-        of_config = {"--from": from_, "--source-version": version, "--env": env, "--world-size": world_size}
-        idle = {"--strict": strict, "--probe": probe} | ({} if against else of_config)
-        idle = idle if is_training else {"--config": against}
+        of_config: dict[str, Any] = {"--from": from_, "--source-version": version, "--env": env}
+        of_config["--world-size"] = world_size
+        of_log = {"--strict": strict, "--probe": probe, **({} if against else of_config)}
+        idle: dict[str, Any] = of_log if is_training else {"--config": against}
         for option in (option for option, value in idle.items() if value):
             what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
             raise ConfigError(what, where=option, fix="It goes with --config." if option in of_config else None)
