@@ -54,21 +54,24 @@ def import_(
             is_training = is_file(file) and is_log(file)
             if out is not None and file.exists() and out.exists() and out.samefile(file):
                 raise ConfigError("this is the file to import", where=f"--out {out}", fix="Name another one.")
-        idle = {"--strict": strict, "--probe": probe} if is_training else {"--config": against}
+        how: Any = {"framework": from_, "version": version, "environment": environment(env), "world_size": world_size}
+        of_config: dict[str, Any] = {"--from": from_, "--source-version": version, "--env": env}
+        of_config["--world-size"] = world_size
+        of_log = {"--strict": strict, "--probe": probe, **({} if against else of_config)}
+        idle: dict[str, Any] = of_log if is_training else {"--config": against}
         for option in (option for option, value in idle.items() if value):
             what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
-            raise ConfigError(what, where=option)
+            raise ConfigError(what, where=option, fix="It goes with --config." if option in of_config else None)
         if is_training:
             from grpo_autotune.commands.interop.config import import_log
 
-            return import_log(file, out=out, config=against, as_json=json_)
+            return import_log(file, out=out, config=against, as_json=json_, **(how if against else {}))
         from grpo_autotune.commands.interop.config import import_config
         from grpo_autotune.config.batch import world_size as processes
 
-        how: Any = {"framework": from_, "version": version, "environment": environment(env), "strict": strict}
-        ranks = world_size or (processes() if probe else None)
+        how |= {"world_size": world_size or (processes() if probe else None), "strict": strict}
         with output_aside() if probe and json_ else nullcontext():
-            imported = import_config(file, **how, world_size=ranks, out=out, as_json=json_ and not probe)
+            imported = import_config(file, **how, out=out, as_json=json_ and not probe)
         if imported is None:
             return 1
         return probed(str(out or "grpo.yaml"), imported.source, as_json=json_) if probe else 0

@@ -56,10 +56,10 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (  # framework, program, start
     ("verl", r".*", r"[+~]*actor_rollout_ref\."),
     ("ms-swift", r"(swift|megatron) rlhf|.*swift[/.]cli[/.](_megatron[/.])?rlhf(\.py)?", ""),
     ("openrlhf", r"openrlhf\.cli\.train_(ppo|grpo)\w*", ""),
-    ("nemo-rl", r".*run_\w*grpo\w*\.py", r"(\+*(policy|grpo|cluster|loss_fn)\.|--config)"),
+    ("nemo-rl", r"(.*/)?run_(vlm_)?grpo\w*\.py", r"(\+*(policy|grpo|cluster|loss_fn)\.|--config)"),
     ("prime-rl", r"rl @.*|prime_rl\..*", ""),
     ("llama-factory", r"llamafactory-cli train", ""),
-    ("vlm-r1", r".*open_r1[/.]\w*grpo_(jsonl|rec|gui)\w*(\.py)?", ""),
+    ("vlm-r1", r".*open_r1[/.]\w*grpo_(jsonl|rec)\w*(\.py)?", ""),
     ("vlm-r1", r".*grpo\w*\.py", r"--(data_file_paths|image_folders)"),
     ("r1-v", r".*open_r1[/.]grpo\w*\.py", r"--max_pixels"),
     ("open-r1", r".*open_r1[/.]grpo\w*(\.py)?", r"--config"),
@@ -76,10 +76,12 @@ UNREAD: Final = {
     "?": "this starts the program of open-r1, of R1-V or of VLM-R1, and does not tell which",
 }
 CALLS = re.compile(  # calls of a script that say something about its training
-    r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|load_dataset|SamplingParams|get_peft_model|resize)"
-    r"|(\w*Fast\w+|AutoModel\w*|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
+    r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|ModelConfig|load_dataset|SamplingParams"
+    r"|get_peft_model|resize)|chat_template|m(ax|in)_pixels"
+    r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
+PLACEHOLDER = re.compile(r"(?<=[\s=])(<[A-Za-z](?:[\w ./:-]*\w)?>)(?=\s)")  # `--model <your model>`: no redirection
 LONGEST_SCRIPT = 2_000_000
 MOST_NAMED = 5
 
@@ -127,8 +129,10 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
     script = python_source.read(path, environment)
     configs = script.called(r"(.*\.)?GRPOConfig")
     if not configs:
-        if command := _command_in(text, script.docstring or range(0)):
-            return _of_shell(path, command, framework, environment)
+        if commands := _commands_in(text, script.docstring or range(0)):
+            source = _of_shell(path, commands[0], framework, environment)
+            more = f"its docstring has {len(commands)} commands: the first is read"
+            return replace(source, warnings=(*source.warnings, *[more] * (len(commands) > 1)))
         what = "a Python program that makes no GRPOConfig: its settings are not in it"
         raise ConfigError(what, where=path.name, fix="Name the script or command that starts it.")
     settings: dict[str, Setting] = {}
@@ -141,6 +145,9 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
             if call not in configs and not (argument in PASSED_ON and setting.value == setting.text):
                 settings[f"{place}.{argument}"] = setting
     warnings = list(script.warnings)
+    trainers = [call.name.rpartition(".")[2] for call in script.called(r"(.*\.)?(SFT|GRPO)Trainer")]
+    if trainers[:1] == ["SFTTrainer"]:
+        warnings.append("SFTTrainer trains the model before GRPO: import goes on from the model as it was before that")
     if len(configs) > 1:
         warnings.append(f"{len(configs)} GRPOConfig calls: the last one, of line {configs[-1].line}, is read")
     return Source(
@@ -149,18 +156,21 @@ def _of_python(path: Path, text: str, framework: str | None, environment: Mappin
     )  # fmt: skip
 
 
-def _command_in(text: str, places: range) -> str:
-    """The first command of a script's docstring, on its own lines; the rest of the script is left out."""
+COMMAND = re.compile(r"\s*(accelerate launch|torchrun|python3?|trl) ")
+
+
+def _commands_in(text: str, places: range) -> list[str]:
+    """The commands of a script's docstring, each on its own lines; the rest of the script is left out."""
     lines = text.splitlines()
-    start = next((n for n in places if re.match(r"\s*(accelerate launch|torchrun|python3?|trl) ", lines[n - 1])), 0)
-    stop = next((n for n in range(start, len(lines)) if not lines[n - 1].rstrip().endswith("\\")), start)
-    return "\n" * (start - 1) + "\n".join(lines[start - 1 : stop]) if start else ""
+    starts = [n for n in places if COMMAND.match(lines[n - 1])]
+    stops = [next((n for n in range(n, len(lines)) if not lines[n - 1].rstrip().endswith("\\")), n) for n in starts]
+    return ["\n" * (n - 1) + "\n".join(lines[n - 1 : stop]) for n, stop in zip(starts, stops, strict=True)]
 
 
 def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
     if len(text) > LONGEST_SCRIPT:
         raise ConfigError("too long for a script, and of no other format that is read", where=path.name)
-    script = evaluate(text, environment)
+    script = evaluate(PLACEHOLDER.sub(r"'\1'", text), environment)
     launches = [launch for command in script.commands if (launch := launched(command))]
     trainings: dict[int, tuple[str, list[Launch]]] = {}
     for launch in launches:

@@ -21,7 +21,7 @@ STYLES: dict[Verdict, str] = {
     "changes": "bold yellow", "none": "bold red", "converted": "cyan", "speed": "dim",
 }  # fmt: skip
 MOST_OF_VALUE = 120  # characters that are shown of a value
-LONG = 40  # characters above which the same words are not said twice
+LONG = 40  # characters above which words get a line of their own, and are not said twice
 
 
 def render_imported(imported: Imported, width: int, *, colour: bool = False) -> str:
@@ -81,7 +81,8 @@ def _sentence(row: ImportedRow, said: dict[str, str]) -> Text:
     text.append(f" -> {target}" if target else "", style="bold")
     if not note or note == target:
         return text
-    return text.append(f" ({note})" if row.kind == "same" or note != row.why else f"\n{note}", style="dim")
+    is_inline = row.kind == "same" or note != row.why or len(note) <= LONG
+    return text.append(f" ({note})" if is_inline else f"\n{note}", style="dim")
 
 
 def _value(value: Any) -> str:

@@ -142,6 +142,19 @@ def test_a_mistake_is_one_line(folder: Path, capfd: Any, words: list[str], line:
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_log_against_a_configuration_that_has_to_be_told(folder: Path, capfd: Any) -> None:
+    log, script = (str(ROOT / "examples" / "interop" / name) for name in ("swift_logging.jsonl", "run_swift.sh"))
+    Path("run.sh").write_text(Path(script).read_text().replace("--num_generations 8", "--num_generations ${GROUP}"))
+    assert main(["import", log, "--config", "run.sh"]) == 2
+    assert "num_generations: a number is needed" in capfd.readouterr().err
+    assert main(["import", log, "--config", "run.sh", "--env", "GROUP=4", "--world-size", "2"]) == 0
+    capfd.readouterr()
+    assert main(["import", log, "--env", "GROUP=4"]) == 2
+    assert "which --env does nothing for. It goes with --config." in capfd.readouterr().err
+    assert main(["import", log, "--out", "log.json"]) == 0 and main(["report", "log.json"]) == 2
+    assert "log.json: this is the report of a log. `grpo-autotune import LOG`" in capfd.readouterr().err
+
+
 def test_a_value_that_we_refuse_is_told_by_the_line_of_the_source() -> None:
     row = ImportedRow(line=7, key="trainer.beta", value=-1, kind="same", to={"grpo.num_generations": 1})
     config = {

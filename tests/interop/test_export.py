@@ -140,6 +140,20 @@ def test_what_the_framework_cannot_do_is_told_of_the_users_file(tmp_path: Path) 
     assert "/." not in str(caught.value)
 
 
+def test_an_anchor_is_edited_unless_another_key_hangs_on_it(tmp_path: Path) -> None:
+    anchored = "model_name_or_path: &m Qwen/Qwen2.5-1.5B-Instruct\nrun_name: *m\n"
+    text = TRL.replace("model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct\n", anchored).replace("# G", "")
+    tied = text.replace("num_generations: 8", "num_generations: &g 8").replace("batch_size: 8", "batch_size: *g")
+    for one in (text, tied):
+        done = exported(tmp_path, "trl.yaml", one, {"grpo.per_device_train_batch_size": 4, "grpo.beta": 0.02})
+        assert not done.lost and "&m" in done.text and "per_device_train_batch_size: 4" in done.text
+    with pytest.raises(ConfigError, match="to 4 here: per_device_train_batch_size would change with it"):
+        exported(tmp_path, "trl.yaml", tied, {"grpo.num_generations": 4})
+    tied = text.replace("beta: 0.001", "beta: &b 0.001\nepsilon: *b")
+    (lost,) = exported(tmp_path, "trl.yaml", tied, {"grpo.beta": 0.02}).lost
+    assert lost.why == "epsilon would change with it: set beta by hand"
+
+
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

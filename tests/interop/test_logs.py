@@ -221,10 +221,11 @@ def test_dictionaries_of_a_console_are_read_one_after_the_other_and_wrapped(tmp_
 
 
 def test_the_rows_of_a_console_do_not_count_the_steps_of_its_runtime(tmp_path: Path) -> None:
-    rows = [{"loss": 0.1, "epoch": 0.1 * n} for n in range(1, 6)]
+    rows = [{"loss": "0.1", "epoch": "0.1", "reward": f"{0.1 * n}"} for n in range(1, 6)]
     last = {"train_runtime": 1000.0, "train_steps_per_second": 0.05, "train_loss": 0.1}
     report = read(tmp_path, "\n".join(map(str, [*rows, last])))
     assert (report.step_s, report.whole) == (20.0, "train_runtime / 50 steps")
+    assert report.facts["reward, mean"].value == pytest.approx(0.3) and not report.warnings
 
 
 def test_what_is_left_of_a_packed_file_is_read(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_arguments_with_values_lines_and_source(tmp_path: Path) -> None:
     (config,) = script.called("GRPOConfig")
     assert config.arguments == {
         "0": Setting("out", 12), "beta": Setting(0.0, 13),
-        "max_completion_length": Setting("total - P if P else 1", 14, text="total - P if P else 1"),
+        "max_completion_length": Setting(768, 14, text="total - P if P else 1"),
         "warmup": Setting(1017, 15, text="total - n"), "run_name": Setting("run-7", 16, text="name"),
         "path": Setting("there", 17, text="os.environ.get('OUT', 'here')"),
         "secret": Setting("os.environ['X']", 18, text="os.environ['X']"),
@@ -75,6 +75,65 @@ def test_a_name_of_several_values_is_not_known(tmp_path: Path) -> None:
         {name: s.value for name, s in call.arguments.items()} for call in python_source.read(file).called("GRPO.*")
     ]
     assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "**d": "d"}, {"**d": "d"}]
+
+
+OPTIONS = """
+import argparse
+def parsed():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("-b", "--batch-size", type=int, default=4)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--folder", default=os.getcwd())
+    return parser.parse_args()
+def main(args):
+    GRPOConfig(m=args.model, b=args.batch_size * 2, t=args.tune, f=args.folder, o=other.batch_size)
+args = parsed()
+GRPOConfig(b=args.batch_size)
+"""
+
+
+def test_options_of_a_command_are_at_their_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(OPTIONS)
+    for given, batch in (({}, 4), ({"batch_size": "16"}, 16)):
+        script = python_source.read(file, given)
+        config, last = script.called("GRPOConfig")
+        assert [setting.value for setting in config.arguments.values()] == [
+            "args.model", 2 * batch, False, "args.folder", "other.batch_size",
+        ]  # fmt: skip
+        assert last.arguments["b"].value == batch
+        usual = "" if given else "batch_size 4, "
+        assert script.warnings == [
+            f"options of its command are taken at their defaults (--env NAME=VALUE): {usual}tune False"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("n or 2", 4), ("None or n", 4), ("n and 0", 0), ("f() or 2", "f() or 2"), ("n if n > 3 else 1", 4),
+        ("1 if f() else n", "1 if f() else n"), ("False if kind == 'none' else True", False), ("n is not None", True),
+        ("kind in ('a', 'none')", True), ("1 < n < 5", "1 < n < 5"), ("n < 'a'", "n < 'a'"),
+    ],
+)  # fmt: skip
+def test_a_condition_that_is_known(tmp_path: Path, text: str, value: object) -> None:
+    (tmp_path / "train.py").write_text(f"n, kind = 4, 'none'\nGRPOConfig(x={text})\n")
+    (call,) = python_source.read(tmp_path / "train.py").called("GRPOConfig")
+    assert call.arguments["x"].value == value
+
+
+def test_arguments_of_an_object_and_a_chat_template(tmp_path: Path) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(
+        "made = ModelConfig(model_name_or_path='m', x=f())\nmodel, tokenizer = load(made.model_name_or_path)\n"
+        "text = 'a{b}' + made.model_name_or_path\ntext = text.replace('{b}', 'c')\ntokenizer.chat_template = text\n"
+        "GRPOTrainer(model=made.model_name_or_path, x=made.x, y=made.y)\n"
+    )
+    script = python_source.read(file)
+    (trainer,) = script.called("GRPOTrainer")
+    assert [setting.value for setting in trainer.arguments.values()] == ["m", "made.x", "made.y"]
+    assert script.called("chat_template")[0].arguments == {"chat_template": Setting("acm", 5, text="text")}
 
 
 def test_a_notebook_by_cells(tmp_path: Path) -> None:

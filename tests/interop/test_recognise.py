@@ -36,9 +36,12 @@ def source(folder: Path, name: str, text: str, framework: str | None = None, **e
         ("trl grpo --model_name_or_path a/b", "trl", "trl grpo"),
         ("accelerate launch -m trl.scripts.grpo --x 1", "trl", "trl.scripts.grpo"),
         ("torchrun train.py --reward_funcs a --max_completion_length 3", "trl", "train.py"),
+        ("accelerate launch run_r1_grpo.py --config a.yaml", "trl", "run_r1_grpo.py"),
+        ("trl grpo --model_name_or_path <your model> --beta 1", "trl", "trl grpo"),
         (f"{OPEN_R1} --config_x 1 --config a.yaml", "open-r1", "src/open_r1/grpo.py"),
         ("torchrun --nproc_per_node=8 src/open_r1/grpo.py --max_pixels 4", "r1-v", "src/open_r1/grpo.py"),
         ("torchrun src/open_r1/grpo_jsonl.py --x 1", "vlm-r1", "src/open_r1/grpo_jsonl.py"),
+        ("torchrun src/open_r1/grpo_gui_lisa.py --max_pixels 4", "r1-v", "src/open_r1/grpo_gui_lisa.py"),
         ("torchrun src/open_r1/grpo.py --image_folders x", "vlm-r1", "src/open_r1/grpo.py"),
         ("srun bash -c 'python3 -m verl.trainer.main_ppo a.b=1'", "verl", "verl.trainer.main_ppo"),
     ],
@@ -202,6 +205,7 @@ def test_a_command_in_a_docstring(tmp_path: Path) -> None:
     text = f'# a\n"""\nStart it:\n\n{command}\nOr:\npython y.py\n"""\nimport trl\n'
     read = source(tmp_path, "grpo_vlm.py", text)
     assert read.framework == "trl" and read.settings == {"num_generations": Setting(4, 7)}
+    assert read.warnings == ("its docstring has 2 commands: the first is read",)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -90,6 +90,14 @@ def test_deepspeed_that_is_not_at_hand_is_told_and_the_rest_loads(tmp_path) -> N
     assert (row.kind, row.why) == ("changes", f"{lost}, and nothing is sharded: set `grpo.deepspeed`")
 
 
+@pytest.mark.parametrize(("kind", "verdict"), [("log", "changes"), ("linear", "converted")])
+def test_a_warm_up_of_deepspeed_is_a_logarithm_by_default(tmp_path, kind, verdict) -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 20, "warmup_type": kind}}
+    (tmp_path / "ds.json").write_text(json.dumps({**ZERO, "scheduler": scheduler}))
+    result = imported(tmp_path, start="NPROC_PER_NODE=2 swift rlhf", more="--deepspeed ds.json")
+    assert {row.key: row.kind for row in result.rows}["deepspeed.scheduler.type"] == verdict
+
+
 def test_accelerate_says_processes_and_zero(tmp_path) -> None:
     result = launched(tmp_path, ACCELERATE)
     assert result.world_size == 4
@@ -102,6 +110,13 @@ def test_accelerate_says_processes_and_zero(tmp_path) -> None:
     assert all(row.kind != "none" for row in result.rows)
     assert table["launch.mixed_precision"].why == "the run's own bf16 or fp16 wins"
     assert "deepspeed" not in launched(tmp_path, ACCELERATE, world_size=1).config["grpo"]
+
+
+def test_accelerate_with_ranks_that_share_a_sequence(tmp_path) -> None:
+    shared = {"parallelism_config": {"parallelism_config_sp_size": 2, "parallelism_config_tp_size": 1}}
+    table = {row.key: row.kind for row in launched(tmp_path, {**ACCELERATE, **shared}).rows}
+    sizes = [table[f"launch.parallelism_config.parallelism_config_{kind}_size"] for kind in ("sp", "tp")]
+    assert sizes == ["none", "speed"]
 
 
 def test_accelerate_with_fsdp(tmp_path) -> None:

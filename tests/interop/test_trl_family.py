@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from grpo_autotune.config.batch import batch_plan
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.interop.frameworks import trl, trl_family, trl_keys
+from grpo_autotune.interop.frameworks import trl, trl_family, trl_keys, trl_script
 from grpo_autotune.interop.importing import import_file
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
@@ -173,6 +174,13 @@ def test_release_by_question_pin_or_keys(settings: dict, hints: dict, asked: str
     assert trl.translate(one, asked, None).version == version
 
 
+def test_a_recipe_with_keys_that_the_pinned_release_has_not() -> None:
+    for settings, version in (({}, "TRL 0.18.0"), ({"vllm_device": "auto"}, "TRL 0.17"), ({"x": 1}, "TRL 0.18.0")):
+        one = source("open-r1", {**BASE, **settings}, {"num_processes": 8})
+        assert trl_family.translate(one, None, None).version == version
+    assert trl_family.translate(one, "0.15.2", None).version == "TRL 0.15.2"
+
+
 @pytest.mark.parametrize(("version", "fails"), [("0.9.6", "has no GRPO"), ("new", "no version of TRL")])
 def test_release_that_is_none(version: str, fails: str) -> None:
     with pytest.raises(ConfigError, match=fails):
@@ -195,6 +203,10 @@ def test_release_that_is_none(version: str, fails: str) -> None:
         ("no_such_key", 1, "none", {}),
         ("output_dir", "$(pwd)/runs/it", "converted", {"output.dir": "runs/it"}),
         ("ds3_gather_for_generation", False, "speed", {}),
+        ("gradient_checkpointing", 0, "same", {"grpo.gradient_checkpointing": False}),
+        ("bf16", "yes", "same", {"grpo.bf16": True}),
+        ("lr_scheduler_type", "transformers.SchedulerType.COSINE", "same", {"grpo.lr_scheduler_type": "cosine"}),
+        ("config", "recipe.yaml", "same", {}),
     ],
 )
 def test_verdict_of_a_key(key: str, value: Any, verdict: str, targets: dict[str, Any]) -> None:
@@ -213,6 +225,29 @@ def test_adapter_of_a_command_line() -> None:
     assert record.config["peft"] == {
         "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM", "target_modules": "all-linear"
     }  # fmt: skip
+
+
+def test_further_keys_of_sampling_win_over_the_plain_ones() -> None:
+    further = {"top_k": 50, "do_sample": True, "pad_token_id": "tokenizer.pad_token_id", "typical_p": 0.9}
+    record = of_trl({"top_k": 3, "generation_kwargs": further})
+    assert record.config["grpo"]["top_k"] == 50 and row(record, "generation_kwargs").kind == "converted"
+    assert record.config["grpo"]["generation_kwargs"] == {"do_sample": True, "typical_p": 0.9}
+    record = of_trl({"generation_kwargs": {"temperature": 0.3, "max_new_tokens": 9}, "temperature": 0.9})
+    assert record.config["grpo"]["temperature"] == 0.3 and "generation_kwargs" not in record.config["grpo"]
+    assert "max_new_tokens: Use" in row(record, "generation_kwargs").why
+    assert row(record, "generation_kwargs").kind == "changes" and row(record, "temperature").to == {}
+
+
+@pytest.mark.parametrize(("bf16", "dtype", "kind"), [(False, "float32", "changes"), (None, "float32", "same"),
+                                                      (False, "float16", "same")])  # fmt: skip
+def test_type_that_4_bits_are_computed_in(bf16: bool | None, dtype: str, kind: str) -> None:
+    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "torch.float16", "use_peft": True, "dtype": dtype}
+    assert row(of_trl({**four, **({} if bf16 is None else {"bf16": bf16})}), "bnb_4bit_compute_dtype").kind == kind
+
+
+def test_adapter_in_words_of_the_command_line_and_of_peft() -> None:
+    record = of_trl({"use_peft": 1, "lora_task_type": "TaskType.CAUSAL_LM"})
+    assert record.config["peft"]["task_type"] == "CAUSAL_LM"
 
 
 def test_commas_between_layers_are_part_of_their_names() -> None:
@@ -271,6 +306,7 @@ def test_bad_input_is_one_line(settings: dict[str, Any], fails: str) -> None:
 
 
 def test_deepspeed_of_a_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any("x/zero2.json is not at hand" in text for text in of_trl({"deepspeed": "x/zero2.json"}).warnings)
     settings = {**TRL, "deepspeed": "$REPO/local_scripts/zero3.json"}
     record = imported(trl.translate(source("trl", settings, {"num_processes": 8}), None, None), monkeypatch)
     assert record.config["grpo"]["deepspeed"]["zero_optimization"]["stage"] == 3
@@ -329,11 +365,42 @@ def test_vlm_r1_rewards_are_called_as_its_trainer_does(tmp_path: Path) -> None:
     assert names["accuracy"](["c"], ["<answer>7</answer>"]) == [["<answer> 7 </answer>"], ["all_match"]]
 
 
+@pytest.mark.parametrize(
+    ("framework", "program", "module"),
+    [
+        ("r1-v", "src/open_r1/grpo.py", "open_r1.grpo"), ("r1-v", "open_r1.grpo_lisa", "open_r1.grpo_lisa"),
+        ("r1-v", "/x/open_r1/grpo_classification.py", "open_r1.grpo_classification"),
+        ("vlm-r1", "src/open_r1/grpo_own.py", "open_r1.grpo_own"),
+    ],
+)  # fmt: skip
+def test_rewards_are_those_of_the_program(framework: str, program: str, module: str) -> None:
+    one = source(framework, {**BASE, "num_generations": 8}, {"nproc_per_node": 8}, program=program)
+    record = imported(trl_family.translate(one, None, 1))
+    files = record.files.get("vlm_r1_rewards.py", "")
+    assert f"from {module} import" in files or record.config["rewards"][0]["name"] == f"{module}:accuracy_reward"
+
+
+def test_vlm_r1_program_of_one_task() -> None:
+    settings = {"model_name_or_path": "Qwen-VL", "dataset_name": "rec.yaml", "image_root": "images"}
+    one = source("vlm-r1", settings, {"nproc_per_node": 8}, program="src/open_r1/grpo_rec.py")
+    record = imported(trl_family.translate(one, None, 1))
+    assert (record.config["data"]["image_root"], row(record, "dataset_name").kind) == ("images", "changes")
+    assert record.config["data"]["prompt_template"].endswith("JSON format.")
+    assert "Qwen2VLModule.select_reward_func('accuracy', 'rec')" in record.files["vlm_r1_rewards.py"]
+    assert "image_grid_thw" in row(record, "reward_funcs").why
+    other = {**settings, "model_name_or_path": "OpenGVLab/InternVL3-2B"}
+    one = source("vlm-r1", other, {"nproc_per_node": 8}, program="src/open_r1/grpo_rec.py")
+    assert imported(trl_family.translate(one, None, 1)).config["data"]["prompt_template"].endswith("</answer> tags.")
+
+
 def test_r1_v_samples_at_its_own_temperature() -> None:
     settings = {**BASE, "temperature": 0.3, "max_prompt_length": 512, "max_pixels": 401408, "num_generations": 4}
     plain = imported(trl_family.translate(source("r1-v", settings, {"nproc_per_node": 1}), None, None)).config
     assert "temperature" not in plain["grpo"] and plain["grpo"]["top_k"] == 50
     assert "max_prompt_tokens" not in plain["data"] and plain["data"]["max_pixels"] == 401408
+    for other in (settings, {key: value for key, value in settings.items() if key != "max_prompt_length"}):
+        record = trl_family.translate(source("r1-v", other, {"nproc_per_node": 1}), None, None).finished()
+        assert (row(record, "max_prompt_length").kind, row(record, "max_prompt_length").value) == ("changes", 512)
     engine = {**settings, "use_vllm": True}
     with_engine = imported(trl_family.translate(source("r1-v", engine, {"nproc_per_node": 1}), None, None)).config
     assert with_engine["grpo"]["temperature"] == 0.3 and with_engine["grpo"].get("top_k", 0) == 0
@@ -468,6 +535,7 @@ def test_a_program_with_two_trainers(tmp_path: Path) -> None:
     record = imported(import_file(path))
     assert record.config["data"] == {"path": "rows.jsonl", "split": "train"}
     assert record.config["peft"] == {"r": 8}
+    assert any("SFTTrainer trains the model before" in warning for warning in record.warnings)
     assert record.config["grpo"]["learning_rate"] == 2e-6 and record.config["model"]["name_or_path"] == "m"
     assert row(record, "eval_strategy").kind == "changes"
     assert [item["name"] for item in record.config["rewards"]] == [
@@ -477,6 +545,71 @@ def test_a_program_with_two_trainers(tmp_path: Path) -> None:
     names: dict[str, Any] = {}
     exec(record.files["train_rewards.py"], names)
     assert [names["inner"](["x", "y"]) for _ in range(2)] == [[1.0, 0.0], [2.0, 0.0]]
+
+
+MADE = """
+from datasets import load_dataset
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
+
+mark, sign = None, "x"
+rows = load_dataset("train/rows", split="train")
+for token in tokenizer.get_added_vocab():
+    mark = token
+
+
+def marked(completions, **columns):
+    return [float(mark in text and sign in text) for text in completions]
+
+
+config = ModelConfig(model_name_or_path="org/m", torch_dtype="bfloat16", use_peft=True, lora_r=4, load_in_4bit=True)
+args = GRPOConfig(num_generations=8{more})
+GRPOTrainer(config.model_name_or_path, marked, args=args, train_dataset=rows, peft_config=get_peft_config(config))
+rows = load_dataset("test/rows", split="test")
+"""
+
+
+def test_a_program_with_a_model_config(tmp_path: Path) -> None:
+    """Of `ModelConfig` only what the script hands on counts; data that are loaded after the training do not."""
+    path = tmp_path / "train.py"
+    path.write_text(MADE.replace("{more}", ""))
+    record = imported(import_file(path))
+    assert record.config["peft"] == {"r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
+    assert record.config["model"] == {"name_or_path": "org/m", "dtype": "float32"}
+    assert row(record, "load_in_4bit").why == row(record, "torch_dtype").why == trl_script.NOT_HANDED_ON
+    assert record.config["data"] == {"path": "train/rows", "split": "train"}
+    assert any("uses mark, which" in warning for warning in record.warnings)
+    assert any("train_rewards.py, marked: completions are lists of messages" in text for text in record.warnings)
+    path.write_text(MADE.replace("{more}", "").replace("in text and", "in text[0]['content'] and"))
+    assert not any("lists of messages" in warning for warning in imported(import_file(path)).warnings)
+    assert "mark = None" not in record.files["train_rewards.py"]
+    path.write_text(MADE.replace("{more}", ", model_init_kwargs={'dtype': 'bfloat16'}"))
+    assert imported(import_file(path)).config["model"]["dtype"] == "bfloat16"
+
+
+GOING_ON = """# trl=={version}
+base = AutoModelForCausalLM.from_pretrained("org/m", dtype="bfloat16")
+processor = AutoProcessor.from_pretrained("org/m", max_pixels=512 * 512, padding_side="left", revision="dev")
+processor.image_processor.min_pixels = 3136
+processor.tokenizer.chat_template = "{{ messages }}"
+model = PeftModel.from_pretrained(base, "sft/final", is_trainable=True)
+args = GRPOConfig(eval_strategy="steps", eval_steps=5, load_best_model_at_end=True)
+GRPOTrainer(model=model, reward_funcs=accuracy_reward, args=args, train_dataset=load_dataset("d"))
+model = PeftModel.from_pretrained(base, "out")
+processor = AutoProcessor.from_pretrained("org/m", max_pixels=9)
+from trl.rewards import accuracy_reward
+"""
+
+
+@pytest.mark.parametrize(("version", "reference"), [("0.26.2", "base"), ("0.27.0", "adapter")])
+def test_a_script_that_goes_on_from_an_adapter(version: str, reference: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(GOING_ON.replace("{version}", version))
+    config = imported(import_file(path)).config
+    assert (config["data"]["max_pixels"], config["data"]["min_pixels"]) == (262144, 3136)
+    assert config["model"]["chat_template"].startswith("{{") and "revision" not in config["model"]
+    assert config["model"]["adapter"] == "sft/final" and "peft" not in config
+    assert config["model"].get("adapter_reference", "adapter") == reference
+    assert (config["grpo"]["eval_strategy"], config["grpo"]["load_best_model_at_end"]) == ("no", False)
 
 
 @pytest.mark.parametrize(
@@ -515,6 +648,13 @@ def test_a_command_takes_data_and_rewards_of_its_program(tmp_path: Path) -> None
     record = imported(trl.translate(one, None, None))
     assert [item["name"] for item in record.config["rewards"]] == ["think_format_reward", "train_rewards:short"]
     assert row(record, "dataset_name").file == "train.py" and "def short" in record.files["train_rewards.py"]
+    (tmp_path / "train.py").write_text(PROGRAM.format(more="").replace('"d"', "script_args.rows"))
+    with pytest.raises(ConfigError, match="no data set is named"):
+        trl.translate(one, None, None)
+    named = replace(one, settings={**one.settings, "rows": Setting("org/rows", 9)})
+    record = imported(trl.translate(named, None, None))
+    assert record.config["data"]["path"] == "org/rows" and "rows" not in {row.key for row in record.rows}
+    assert (row(record, "dataset_name").line, row(record, "dataset_name").kind) == (9, "changes")
     (tmp_path / "train.py").write_text(PROGRAM.format(more="tools=[search]"))
     with pytest.raises(ConfigError, match="several turns"):
         trl.translate(one, None, None)

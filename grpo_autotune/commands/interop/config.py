@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sources import DEFAULT_FILE, read_source
@@ -152,16 +153,19 @@ def _summary(exported: Exported, out: Path | None) -> Iterator[str]:
 
 
 @refusal_told()
-def import_log(path: Path, *, out: Path | None = None, config: Path | None = None, as_json: bool = False) -> int:
+def import_log(
+    path: Path, *, out: Path | None = None, config: Path | None = None, as_json: bool = False, **how: Any
+) -> int:
     """Print the report of the log, or its JSON, and write it to `out`: a page where that ends in `.html`, else JSON;
-    `config` is held against it. Returns the exit code; ConfigError for a file without steps or seconds."""
+    `config`, read as `how` says (`import_file`), is held against it. Returns the exit code; ConfigError for a file
+    without steps or seconds."""
     if not path.is_file():
         raise ConfigError("a folder is no log" if path.exists() else "there is no such file", where=str(path))
     from grpo_autotune.commands.page import save_page
     from grpo_autotune.render.imported import log_page, render_log
     from grpo_autotune.report.logged import read_log
 
-    report = read_log(path, None if config is None else import_file(config).finished().numbers)
+    report = read_log(path, None if config is None else import_file(config, **how).finished().numbers)
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     show(text if as_json else render_log(report))
     if out is not None and out.suffix == ".html":

@@ -100,12 +100,15 @@ def _say(to: Translation, name: str, value: Any, *, in_file: bool) -> None:
         to.set(path, part, "of the DeepSpeed configuration")
     if not in_file:
         return
-    if ours:
+    if name == "scheduler.type" and ours and to.value(f"{PREFIX}scheduler.params.warmup_type") != "linear":
+        to.changes(key, ours, "DeepSpeed's warm-up follows a logarithm, here a line")
+    elif ours:
         to.converted(key, ours, "in the run's own keys: DeepSpeed's would win over them")
     elif name == "optimizer.type" and value not in ("Adam", "AdamW"):
         to.changes(key, {}, "AdamW takes its place")
     else:
-        to.speed(key, "the run's" if name in (*BATCH, *RUN) else "how GPUs share the work")
+        is_of_run = name in (*BATCH, *RUN) or name.partition(".")[0] in BLOCKS
+        to.speed(key, "the run's" if is_of_run else "how GPUs share the work")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -140,6 +143,8 @@ def apply_launch(to: Translation, *, adapter: bool) -> None:
     for key in [key for key in to.source.settings if key.startswith(LAUNCH)]:
         if key == f"{LAUNCH}mixed_precision":
             _precision(to, key)
+        elif key.endswith(("_tp_size", "_cp_size", "_sp_size")) and to.number(key, 1) > 1:
+            to.dropped(key, "processes that share a sequence or a layer: each one here has data of its own")
         else:
             to.speed(key, "how processes are started and share the work")
     if (stage := to.value(f"{ZERO}zero_stage")) is not None:

@@ -16,12 +16,14 @@ from grpo_autotune.interop.frameworks.trl_keys import (
     DEFAULTS,
     HANDLERS,
     NEWEST,
+    RUNS,
     SHELL,
     Handler,
     Version,
     choose,
     defaults,
     listed,
+    plain,
     settle,
     speed,
 )
@@ -48,7 +50,8 @@ REWARDS: dict[str, dict[str, Any]] = {  # names of `trl grpo --reward_funcs` -> 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
     """The translation of a TRL configuration; ConfigError in one line where there is none."""
-    return translated(trl_script.with_program(source), choose(source, version), world_size)
+    unread = trl_script.unread(source)
+    return translated(trl_script.with_program(source), choose(source, version), world_size, unread=unread)
 
 
 def translated(
@@ -63,10 +66,16 @@ def translated(
     said, over, unread = sharding.with_launch(trl_script.unified(source)), over or {}, unread or {}
     files = {key: str(said.settings[key].value) for key in ("deepspeed", "accelerate_config") if key in said.settings}
     named = next((key for key, file in files.items() if "zero" in file), None)
-    said = said if named is None else sharding.with_file(said, said.settings[named], sharding.PREFIX)
-    read = replace(said, settings={key: value for key, value in said.settings.items() if key not in unread})
+    if named is not None:
+        said = sharding.with_file(said, said.settings[named], sharding.PREFIX)
+        if isinstance(_zero(files[named]), dict) and not any(key.startswith(sharding.PREFIX) for key in said.settings):
+            guess = f"{files[named]} is not at hand: plain ZeRO of the stage in its name is taken for it"
+            said = replace(said, warnings=(*said.warnings, guess))
+    read = replace(said, settings={key: plain(key, one) for key, one in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
-    model = {**PEFT, "use_peft": any(key.startswith("lora_") for key in read.settings)} if is_script else MODEL
+    is_peft = is_script and "use_peft" not in read.settings  # a script without `ModelConfig`
+    adapts = any(key.startswith("lora_") or key == "adapter" for key in read.settings)
+    model = {**PEFT, "use_peft": adapts} if is_peft else MODEL
     weights = "auto" if is_script and number == (0, 26) else "float32"
     to = Translation(read, {**model, "dtype": weights, **defaults(number), **over}, name, why, world_size)
     _batch(to, number, micro, ranks)
@@ -75,7 +84,7 @@ def translated(
     newest = defaults(NEWEST)
     older = {key: handler for key, (since, handler) in OF_RELEASE.items() if number < since}
     table = {**HANDLERS, "dataset_name": _data, **older, **(handlers or {})}
-    for key in [*read.settings, *DEFAULTS, *over, *(() if is_script else model), "dtype"]:
+    for key in [*read.settings, *DEFAULTS, *over, *(() if is_peft else model), "dtype"]:
         is_silent = key in ("use_peft", "use_vllm") or to.value(key) in (None, newest.get(key, NO_DEFAULT))
         if key in to.rows or (key not in read.settings and is_silent):
             continue
@@ -99,11 +108,17 @@ def _token_loss(to: Translation, key: str) -> None:
     to.verdict("changes" if differs else "same", key, {"grpo.loss_type": to.value(key)}, note if differs else "")
 
 
+def _adapter(to: Translation, key: str) -> None:
+    targets = {"model.adapter": to.value(key), "model.adapter_reference": "base"}
+    to.converted(key, targets, "the reference is the model without it")
+
+
 KERNELS = "kernels of the model's layers; TRL 1.16 means its fused loss by this key, which is left off"
 OF_RELEASE: dict[str, tuple[Version, Handler]] = {  # key -> the release of today's meaning, and what to do before that
     "use_liger_kernel": ((0, 28), speed(KERNELS)),
     "top_k": ((0, 16), lambda to, key: to.same(key, "grpo.top_k", 0 if to.value("use_vllm") else to.value(key))),
     "loss_type": ((1, 9), _token_loss),
+    "adapter": ((0, 27), _adapter),
 }
 
 
@@ -113,6 +128,8 @@ def _whole(to: Translation) -> None:
         if trl_script.is_script(to.source):
             note = "the script's own code makes the held-out rows: off until data.eval_split or eval_path names some"
             to.changes("eval_strategy", {"grpo.eval_strategy": "no"}, note)
+            if to.value("load_best_model_at_end"):
+                to.changes("load_best_model_at_end", {"grpo.load_best_model_at_end": False}, "off with the evaluation")
         else:
             to.set("data.eval_split", "test", "TRL's default")
     needed = {"data.path": ("data set", "dataset_name"), "model.name_or_path": ("model", "model_name_or_path")}
@@ -128,11 +145,15 @@ def _zero(path: str) -> str | dict[str, Any]:
     return path if name is None or Path(path).is_file() else sharding.zero(int(name[1]), optimizer=offload)
 
 
+CODE = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
+
+
 def _data(to: Translation, key: str) -> None:
-    code = "the script's own code makes the prompts (map, filter): it is not run, so write data.columns or a template"
-    note = code if _is_code(to, key) else SHELL if "$" in str(to.value(key)) else ""
-    comment = "rows as they are published" if note == code else ""
-    to.verdict("changes" if note else "same", key, {"data.path": to.value(key)}, note, comment)
+    if trl_script.unknown(to.source.settings[key]):
+        return to.dropped(key, RUNS)
+    note = CODE if _is_code(to, key) or _is_code(to, "reward_funcs") else SHELL if "$" in str(to.value(key)) else ""
+    comment = "rows as they are published" * (note == CODE)
+    return to.verdict("changes" if note else "same", key, {"data.path": to.value(key)}, note, comment)
 
 
 def _is_code(to: Translation, key: str) -> bool:

@@ -7,6 +7,7 @@ adapter's layers itself, and has a loss that is always GRPO's, mean by sequence.
 Unsloth's scripts and notebooks train in one process, with defaults and batch sizes of `unsloth/models/rl.py`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -81,9 +82,8 @@ R1_V_TEMPLATE = (
     "{problem}  Output the thinking process in <think> </think> and final answer (number) in <answer> </answer> tags."
 )
 LIMITS = {"max_pixels": 12845056, "min_pixels": 3136}  # limits of an image by default, in VLM-R1 too
-R1_V_UNREAD = dict.fromkeys(
-    ("top_p", "top_k", "reward_weights", "torch_dtype", "max_prompt_length"), "R1-V's trainer never reads it"
-)
+R1_V_UNREAD = dict.fromkeys(("top_p", "top_k", "reward_weights", "torch_dtype"), "R1-V's trainer never reads it")
+WHOLE_PROMPTS = "R1-V samples from whole prompts, and miscounts longer ones in training; here no prompt is cut"
 
 
 def _r1_v(source: Source, version: str | None, world_size: int | None) -> Translation:
@@ -91,9 +91,9 @@ def _r1_v(source: Source, version: str | None, world_size: int | None) -> Transl
     fixed = {"top_k": 0} if engine else {"top_k": 50, "temperature": 1.0}
     to = translated(
         source, ((0, 14), "TRL 0.14.0", "the version that R1-V pins"), world_size,
-        over={**LIMITS, **fixed, "max_prompt_length": None},
+        over={**LIMITS, **fixed},
         unread=R1_V_UNREAD if engine else {**R1_V_UNREAD, "temperature": "R1-V's trainer samples at 1 without vLLM"},
-        rewards=_of_r1_v,
+        rewards=_of_r1_v, handlers={"max_prompt_length": lambda to, key: to.changes(key, {}, WHOLE_PROMPTS)},
     )  # fmt: skip
     to.set("data.prompt_template", R1_V_TEMPLATE, "of the column `problem`; forks have others")
     return to
@@ -101,8 +101,14 @@ def _r1_v(source: Source, version: str | None, world_size: int | None) -> Transl
 
 def _of_r1_v(to: Translation) -> tuple[list[dict[str, Any]], str]:
     names = listed(to.value("reward_funcs")) or ["accuracy", "format"]
-    to.warnings.append("the rewards are R1-V's own, open_r1.grpo: have its src folder on PYTHONPATH")
-    return weighted(to, [{"name": f"open_r1.grpo:{name}_reward"} for name in names]), ""
+    module = _module(to, "grpo")
+    to.warnings.append(f"the rewards are R1-V's own, {module}: have its src folder on PYTHONPATH")
+    return weighted(to, [{"name": f"{module}:{name}_reward"} for name in names]), ""
+
+
+def _module(to: Translation, usual: str) -> str:
+    """The program that a command starts, as a module."""
+    return f"open_r1.{re.sub(r'.*[/.](?=[^/.])', '', (to.source.program or usual).removesuffix('.py'))}"
 
 
 VLM_R1_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_prompt_length", "reward_weights",
@@ -117,9 +123,19 @@ ASKING = (
     " First output the thinking process in <think> </think> tags and then output the final answer in <answer> "
     "</answer> tags."
 )
-TEMPLATES = {"rec": f"{{problem}}{ASKING} Output the final answer in JSON format."}  # of the Qwen models, by task
+THINKING = (
+    "First thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
+    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> "
+    "reasoning process here </think><answer> {}answer here </answer>"
+)
+TEMPLATES = {  # of the Qwen models, by task
+    "rec": f"{{problem}}{ASKING} Output the final answer in JSON format.",
+    "ic": f"{{problem}} {THINKING.format('json format ')}", "odLength": f"{THINKING.format('')}\n{{problem}}",
+}  # fmt: skip
 MODULES = {"qwen": "Qwen2VLModule", "internvl": "InvernVLModule", "glm": "GLMVModule"}
 TURNS = {"problem": "conversations.0.value", "solution": "conversations.1.value"}
+REC = "open_r1.grpo_rec"  # its program of one task
+IOU = "accuracy takes image_grid_thw and image_path, which only VLM-R1's trainer gives: write that one anew"
 IN_REWARDS = "in the rewards' module"
 VLM_R1_TEXT = '''"""Reward functions of VLM-R1, called as its trainer calls them; needs its src folder on PYTHONPATH."""
 
@@ -140,6 +156,16 @@ def {name}(completions, solution, **columns):
 """
 
 
+def _template(to: Translation, task: str) -> str:
+    is_qwen = _vlm(to) == MODULES["qwen"]
+    return TEMPLATES.get(task, f"{{problem}}{ASKING}") if is_qwen else f"{{problem}}{ASKING}"
+
+
+def _vlm(to: Translation) -> str:
+    model = str(to.value("model_name_or_path")).lower()
+    return next((module for word, module in MODULES.items() if word in model), MODULES["qwen"])
+
+
 def _vlm_files(to: Translation, key: str) -> None:
     """Files and image folders, each a list with colons: one data set, or a mixture that has each row once."""
     given = to.value("image_folders")
@@ -148,7 +174,7 @@ def _vlm_files(to: Translation, key: str) -> None:
     if len(folders) != len(paths):
         what = f"{len(paths)} data files and {len(folders)} image folders"
         raise ConfigError(what, where=to.where(key), fix="Give one folder for each file.")
-    template = TEMPLATES.get(str(to.value("task_type")), f"{{problem}}{ASKING}")
+    template = _template(to, str(to.value("task_type")))
     parts: list[dict[str, Any]] = [
         {"path": path, "columns": TURNS, "prompt_template": template, **({"image_root": folder} if folder else {})}
         for path, folder in zip(paths, folders, strict=True)
@@ -168,10 +194,17 @@ def _vlm_frozen(to: Translation, key: str) -> None:
     return to.same(key, "model.freeze_vision_tower")
 
 
+def _vlm_list(to: Translation, key: str) -> None:
+    value = str(to.value(key))
+    files = "a list of files and samplings: name them in data.mix" if value.endswith((".yaml", ".yml")) else ""
+    to.verdict("changes" if files else "same", key, {"data.path": value}, files)
+
+
 LAYERS = "VLM-R1 adapts each linear layer outside the vision modules, whatever is named; here without lm_head"
 VLM_R1_HANDLERS: dict[str, Handler] = {
     "data_file_paths": _vlm_files, "image_folders": inert("with data_file_paths"), "task_type": inert(IN_REWARDS),
     "is_reward_customized_from_vlm_module": inert(IN_REWARDS), "reward_method": inert(IN_REWARDS),
+    "dataset_name": _vlm_list, "image_root": lambda to, key: to.same(key, "data.image_root"),
     "val_split_ratio": lambda to, key: to.same(key, "data.split_ratio", to.value(key) or None),
     "freeze_vision_modules": _vlm_frozen,
     "lora_target_modules": lambda to, key: to.changes(key, {"peft.target_modules": "all-linear"}, LAYERS),
@@ -184,24 +217,28 @@ def _vlm_r1(source: Source, version: str | None, world_size: int | None) -> Tran
     from_files = "data_file_paths" in source.settings
     unread = {key: why for key, why in VLM_R1_UNREAD.items() if from_files or key != "dataset_name"}
     release = choose(source, version, "0.17.0")
-    return translated(
+    to = translated(
         source, release, world_size, over=VLM_R1_OVER, unread=unread, rewards=_of_vlm_r1, handlers=VLM_R1_HANDLERS
     )
+    if _module(to, "") == REC:
+        to.set("data.prompt_template", _template(to, "rec"), "of the column `problem`")
+    return to
 
 
 def _of_vlm_r1(to: Translation) -> tuple[list[dict[str, Any]], str]:
     names = [str(name) for name in listed(to.value("reward_funcs"))] or ["accuracy", "format"]
-    model = str(to.value("model_name_or_path")).lower()
-    vlm = next((module for word, module in MODULES.items() if word in model), "Qwen2VLModule")
-    origin, made = "open_r1.grpo_jsonl import reward_funcs_registry", "reward_funcs_registry[{!r}]"
-    if to.value("is_reward_customized_from_vlm_module"):
+    vlm, note = _vlm(to), ""
+    origin, made = f"{_module(to, 'grpo_jsonl')} import reward_funcs_registry", "reward_funcs_registry[{!r}]"
+    is_rec = _module(to, "") == REC
+    if is_rec or to.value("is_reward_customized_from_vlm_module"):
         origin = f"open_r1.vlm_modules import {vlm}"
-        made = f"{vlm}.select_reward_func({{!r}}, {to.value('task_type')!r})"
+        made = f"{vlm}.select_reward_func({{!r}}, {'rec' if is_rec else to.value('task_type')!r})"
+        note = IOU if "accuracy" in names and vlm == MODULES["qwen"] else ""
     method = str(to.value("reward_method") or "default").partition(":")[0]
     functions = [FUNCTION.format(name=name, made=made.format(name)) for name in names]
     to.files["vlm_r1_rewards.py"] = VLM_R1_TEXT.format(origin=origin, method=method) + "".join(functions)
     to.warnings.append("the rewards are VLM-R1's own, by vlm_r1_rewards.py: have its src folder on PYTHONPATH")
-    return weighted(to, [{"name": f"vlm_r1_rewards:{name}"} for name in names]), ""
+    return weighted(to, [{"name": f"vlm_r1_rewards:{name}"} for name in names]), note
 
 
 UNSLOTH_OVER = {  # defaults over those of TRL

@@ -7,14 +7,16 @@ GRPO's loss of 0.14 is `grpo`. Most keys keep their meaning under their own name
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from grpo_autotune.config.foreign_keys import grpo_keys
 from grpo_autotune.config.renamed_keys import MOVED, SAID
+from grpo_autotune.config.sampling import RANGES, UNUSABLE
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.frameworks.trl_script import MANY_TURNS, unknown
-from grpo_autotune.interop.source import Source
+from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
 Version = tuple[int, int]
@@ -61,11 +63,13 @@ def defaults(version: Version) -> dict[str, Any]:
 def choose(source: Source, asked: str | None, pinned: str | None = None) -> tuple[Version, str, str]:
     """The release that a source was written for, its name, and why it is taken. ConfigError for one without GRPO."""
     hint = source.hints.get("trl")
+    last, by = by_keys(source.settings)
+    is_older = source.framework == "open-r1" and last in LAST_WITH  # its recipes are older than what it pins today
     name, why = (
         (asked, "--source-version") if asked
-        else (hint, "the version that the file installs") if hint
-        else (pinned, f"the version that {source.framework} pins") if pinned
-        else by_keys(source.settings)
+        else (hint, "the version that the file names") if hint
+        else (pinned, f"the version that {source.framework} pins") if pinned and not (is_older and last < pinned)
+        else (last, by)
     )  # fmt: skip
     parts = (name or "").lstrip("v").split(".")
     if not all(part.isdecimal() for part in parts[:2]):
@@ -94,7 +98,7 @@ PLACES = {  # key -> the key path that means the same, beside `renamed_keys.MOVE
     "chat_template": "model.chat_template", "system_prompt": "data.system_prompt",
     "lora_alpha": "peft.lora_alpha", "lora_dropout": "peft.lora_dropout", "use_rslora": "peft.use_rslora",
     "use_dora": "peft.use_dora", "lora_bias": "peft.bias", "max_pixels": "data.max_pixels",
-    "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len",
+    "min_pixels": "data.min_pixels", "max_seq_length": "vllm.max_model_len", "adapter": "model.adapter",
     "vllm_importance_sampling_cap": "grpo.vllm_importance_sampling_clip_max",
 }  # fmt: skip
 SPELLINGS: Mapping[str, Mapping[Any, Any]] = {  # key -> a value as text -> the same as it is written here
@@ -117,8 +121,9 @@ INERT = {
     "overwrite_output_dir": "give another folder with output.dir", "do_train": "always",
     "do_eval": "eval_strategy decides", "accelerate_config": "how processes are started",
     "num_processes": "the number of processes", "local_rank": "the launcher says it",
+    "config": "its settings have rows", "is_trainable": "an adapter is trained",
     "vllm_device": "the engine's GPU: vllm_mode decides", "logging_nan_inf_filter": "a loss of NaN stops the run",
-    "bnb_4bit_compute_dtype": "bf16 and fp16 say in what is computed", "reward_weights": "weights of the rewards",
+    "reward_weights": "weights of the rewards",
 }  # fmt: skip
 SPEED = {
     "ds3_gather_for_generation": "how ZeRO-3 gathers weights", "bnb_4bit_quant_storage": "how weights are stored",
@@ -133,12 +138,30 @@ RUNS = "only a run of the program can tell its value: set it by hand"
 SHELL = "the shell builds it: write what it gives"
 
 
+SWITCHES = {**dict.fromkeys(("1", "yes", "y", "t"), True), **dict.fromkeys(("0", "no", "n", "f"), False)}
+MEMBER = re.compile(r"(\w+\.)*(?P<kind>TaskType|\w+(Type|Strategy|Names))\.(?P<name>[A-Z_0-9]+)")
+
+
+def plain(key: str, setting: Setting) -> Setting:
+    """A setting with the other words for true and false of HfArgumentParser, and with a member of an enumeration, as
+    the plain value."""
+    value, known = setting.value, grpo_keys().get(key)
+    is_switch = key in ("use_peft", "load_in_4bit", "load_in_8bit") or (known is not None and known.allows(True))
+    if is_switch and str(value).lower() in SWITCHES and not (known is not None and known.allows(value)):
+        return replace(setting, value=SWITCHES[str(value).lower()])
+    if match := MEMBER.fullmatch(str(value)):
+        return replace(setting, value=match["name"] if match["kind"] == "TaskType" else match["name"].lower())
+    return setting
+
+
 def settle(to: Translation, key: str, handlers: Mapping[str, Handler]) -> None:
     """The verdict of a key by its needs, a handler, or its kind; none if not known. ConfigError if TRL refuses it."""
     for pattern, needed, wanted, why in NEEDS:
         value = to.value(needed)
         if re.fullmatch(pattern, key) and not (value if wanted is True else value in wanted):
             return to.inert(key, why)
+    if key in RANGES and key in _sampling(to):
+        return to.inert(key, "generation_kwargs wins over it")
     if key.startswith(("hub_", "push_to_hub")) and key not in handlers:
         return to.dropped(key, "nothing is published: push the trained folder yourself")
     return handlers.get(key, _plain)(to, key)
@@ -264,6 +287,27 @@ def _resize(to: Translation, key: str) -> None:
     to.changes(key, {"data.image_size": max(size)} if size else {}, note)
 
 
+def _sampling(to: Translation) -> Mapping[str, Any]:
+    given = to.value("generation_kwargs")
+    return given if isinstance(given, dict) else {}
+
+
+def _generation(to: Translation, key: str) -> None:
+    """Further keys of sampling: plain ones among them go to their own place, those that TRL sets are left out."""
+    given = _sampling(to)
+    lost = [name for name, value in given.items() if name not in RANGES and (name in UNUSABLE or name in OF_TOKENIZER)]
+    kept = {name: value for name, value in given.items() if name not in (*RANGES, *lost)}
+    targets = {f"grpo.{name}": value for name, value in given.items() if name in RANGES}
+    targets |= {"grpo.generation_kwargs": kept} if kept else {}
+    notes = [f"{name}: {UNUSABLE[name]}" for name in lost if name in UNUSABLE]
+    if given.get("temperature", to.value("temperature")) != to.value("temperature"):
+        notes.append("there the training pass does not divide by this temperature")
+    (to.changes if notes else to.converted)(key, targets, "; ".join(notes) or "the plain keys")
+
+
+OF_TOKENIZER = ("pad_token_id", "eos_token_id", "bos_token_id")
+
+
 def _many_turns(to: Translation, key: str) -> None:
     what = "rollouts of several turns or with tools are not imported"
     raise ConfigError(what, where=to.where(key), fix="Take the script itself: grpo-autotune run.")
@@ -288,10 +332,17 @@ def _quantized(to: Translation, key: str) -> None:
     to.inert(key, "as here") if to.value(key) in (True, "nf4") else to.changes(key, {}, SAID["bnb_4bit_quant_type"])
 
 
+def _computed(to: Translation, key: str) -> None:
+    is_plain = to.value("bf16") is False and not to.value("fp16")
+    is_other = str(to.value(key)).removeprefix("torch.") != str(to.value("dtype")).removeprefix("torch.")
+    to.changes(key, {}, SAID[key]) if is_plain and is_other else to.inert(key, "bf16 and fp16 say in what is computed")
+
+
 HANDLERS: dict[str, Handler] = {
     **{key: inert(why) for key, why in INERT.items()}, **{key: speed(why) for key, why in SPEED.items()},
     "dtype": _dtype, "torch_dtype": _dtype, "model_init_kwargs": _model_init, "load_in_8bit": off(SAID["load_in_8bit"]),
     **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_use_double_quant"), _quantized),
+    "bnb_4bit_compute_dtype": _computed, "generation_kwargs": _generation,
     "lora_target_modules": _lora, "lora_modules_to_save": _lora, "lora_target_parameters": _lora,
     "datasets": _mixture, "dataset_mixture": _mixture, "dataset_prompt_column": lambda to, key: to.converted(
         key, {} if to.value(key) == "prompt" else {"data.columns.prompt": to.value(key)}, "the prompt's column"

@@ -14,10 +14,12 @@ from grpo_autotune.interop.reading.files import beside, text_of
 from grpo_autotune.interop.source import Setting, Source
 from grpo_autotune.interop.translation import Translation
 
+PROCESSOR = r"(.*\.)?\w*Processor\.from_pretrained"
 LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "task_type": "lora_task_type", "bias": "lora_bias",
         "modules_to_save": "lora_modules_to_save", "target_parameters": "lora_target_parameters"}  # fmt: skip
 NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names of TRL's command line
     r"(.*\.)?(LoraConfig|get_peft_model)": LORA,
+    PROCESSOR: {}, r"(.*\.)?PeftModel\.from_pretrained": {"1": "adapter", "model_id": "adapter"},
     r".*\.from_pretrained": {
         "0": "model_name_or_path", "model_name": "model_name_or_path", "revision": "model_revision",
         "pretrained_model_name_or_path": "model_name_or_path", "torch_dtype": "dtype",
@@ -25,7 +27,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # call -> its arguments in the names
     r"(.*\.)?load_dataset": {"0": "dataset_name", "path": "dataset_name", "1": "dataset_config",
                              "name": "dataset_config", "split": "dataset_train_split"},
     r"(.*\.)?GRPOTrainer": {"0": "model_name_or_path", "model": "model_name_or_path", "1": "reward_funcs"},
-    r"(.*\.)?BitsAndBytesConfig": {},
+    r"(.*\.)?(BitsAndBytes|Model)Config": {}, **{key: {} for key in python_source.OF_PROCESSOR},
     r"(.*\.)?resize": {"0": "resize"},
 }  # fmt: skip
 FIRST = ("from_pretrained", "BitsAndBytesConfig", "resize")  # of several such calls the first counts, else the last
@@ -35,6 +37,8 @@ OBJECTS = ("args", "train_dataset", "eval_dataset", "processing_class", "tokeniz
 FILES = ("json", "csv", "parquet")  # first argument of `load_dataset` where `data_files` names the data
 LIGHT = re.compile(r"re\.compile|(int|float|str|len|dict|list|set|tuple|os\.getenv|os\.environ\.get|.*\.(join|format))")
 """Calls that cost nothing."""
+CHANGING = (ast.For, ast.While, ast.AugAssign)  # statements after which only a run can tell what a name holds
+MESSAGE = re.compile(r"""['"]content['"]""")
 MANY_TURNS = ("rollout_func", "environment_factory", "tools")
 
 
@@ -68,7 +72,24 @@ def with_program(source: Source) -> Source:
         return source
     wanted = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", *MANY_TURNS)
     named = {key: replace(one, file=path.name) for key, one in made.items() if key in wanted}
-    return replace(source, settings={**named, **source.settings})
+    given = dict(source.settings)
+    for key, one in named.items():  # `load_dataset(script_args.data)` takes the command's own --data
+        option = re.fullmatch(r"\w*args\.(\w+)", str(one.text))
+        named[key] = given.pop(option[1]) if option and option[1] in given.keys() - named.keys() else one
+    return replace(source, settings={**named, **given})
+
+
+NOT_HANDED_ON = "the script does not hand it to the trainer"
+OF_MODEL = ("torch_dtype", "dtype", "attn_implementation", "model_revision", "trust_remote_code")
+OF_BITS = ("load_in_4bit", "load_in_8bit")
+
+
+def unread(source: Source) -> dict[str, str]:
+    """Settings of a script's `ModelConfig` that do not reach its trainer: its model is loaded by a name alone."""
+    given = source.settings
+    bits = () if "GRPOTrainer.quantization_config" in given else OF_BITS
+    is_read = "model_init_kwargs" in given or not any(key.startswith("ModelConfig.") for key in given)
+    return {} if is_read else dict.fromkeys((*OF_MODEL, *bits), NOT_HANDED_ON)
 
 
 def unified(source: Source) -> Source:
@@ -96,6 +117,7 @@ def unified(source: Source) -> Source:
         for argument, setting in ((key.rpartition(".")[2], setting) for key, setting in members.items()):
             name = NAMES[kind].get(argument, argument)
             is_said = not (name == "model_name_or_path" and unknown(setting)) and name not in OBJECTS
+            is_said = is_said and (kind != PROCESSOR or name in python_source.OF_PROCESSOR)
             named |= {name: setting} if is_said and not name.isdecimal() else {}
         is_of_training = call.endswith("GRPOTrainer") or not is_late
         if named and is_of_training and (kind not in chosen or not call.endswith(FIRST)):
@@ -120,15 +142,20 @@ def _from_files(made: dict[str, Setting]) -> dict[str, Setting]:
 def _training_data(source: Source) -> list[tuple[str | None, range]]:
     """Places of the `load_dataset` calls that the trainer's data come from, by the names that were assigned to."""
     path = program(source)
-    nodes = [] if path is None else [(cell, node) for cell, tree in _trees(path) for node in ast.walk(tree)]
+    trees = enumerate(_trees(path) if path else ())
+    nodes = [((place, getattr(node, "lineno", 0)), cell, node)
+             for place, (cell, tree) in trees for node in ast.walk(tree)]  # fmt: skip
+    trainers = [(at, cell, node.keywords) for at, cell, node in nodes
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("GRPOTrainer")]  # fmt: skip
+    if not trainers:
+        return []
+    over, cell, words = max(trainers, key=lambda one: one[0])
+    todo: list[tuple[str | None, ast.AST]] = [(cell, word.value) for word in words if word.arg == "train_dataset"]
     made: dict[str, list[tuple[str | None, ast.AST]]] = {}
-    todo: list[tuple[str | None, ast.AST]] = []
-    for cell, node in nodes:
-        if isinstance(node, ast.Assign | ast.FunctionDef):
+    for at, cell, node in nodes:
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.Assign) and at <= over):
             for name in _defined(node):
                 made.setdefault(name, []).append((cell, node))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("GRPOTrainer"):
-            todo = [(cell, word.value) for word in node.keywords if word.arg == "train_dataset"]
     places: list[tuple[str | None, range]] = []
     while todo:
         cell, part = todo.pop()
@@ -159,6 +186,9 @@ def rewards(to: Translation, names: Iterable[Any]) -> list[dict[str, Any]]:
     if wanted:
         text, missing = script.module(wanted)
         to.files[f"{module}.py"] = text
+        if texts := [name for name in wanted if not MESSAGE.search(script.module([name])[0])]:
+            what = "completions are lists of messages here, and nothing in it reads their 'content'"
+            to.warnings.append(f"{module}.py, {', '.join(texts)}: {what}")
         if missing:
             to.warnings.append(f"{module}.py uses {', '.join(missing)}, which the script makes while it runs: add it")
     return items
@@ -174,6 +204,7 @@ class _Functions:
     def __init__(self, path: Path) -> None:
         self.body = [statement for _, tree in _trees(path) for statement in _flat(tree.body)]
         self.statements: dict[str, ast.stmt] = {name: one for one in self.body for name in _defined(one)}
+        self.changed = {node.id for one in self.body if isinstance(one, CHANGING) for node in _stored(one)}
 
     def origin(self, text: str) -> str:
         """`module:function` of an imported one, else empty."""
@@ -193,7 +224,7 @@ class _Functions:
         while todo:
             name = todo.pop()
             statement = self.statements.get(name)
-            if statement is None or (name not in names and _runs(statement)):
+            if statement is None or name in self.changed or (name not in names and _runs(statement)):
                 missing.append(name)
                 continue
             kept.add(id(statement))
@@ -222,9 +253,11 @@ def _defined(statement: ast.AST) -> Iterator[str]:
     elif isinstance(statement, ast.Import | ast.ImportFrom):
         yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
     elif isinstance(statement, ast.Assign | ast.AnnAssign):
-        yield from (
-            node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and node.ctx.__class__ is ast.Store
-        )
+        yield from (node.id for node in _stored(statement))
+
+
+def _stored(statement: ast.AST) -> Iterator[ast.Name]:
+    return (node for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
 
 
 def _used(statement: ast.AST) -> set[str]:

@@ -21,8 +21,13 @@ PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: +left * +right,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda one, many: one in many,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
+OF_PROCESSOR = ("chat_template", "max_pixels", "min_pixels")  # what a script sets on its tokenizer or processor
+OF_OPTION = ("default", "action", "dest", "required")
+PARSED = re.compile(r"(.*\.)?(parse|get)_(known_)?(args|arguments)")  # calls that make the values of argparse
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
 MOST_LEFT_OUT = 20
 WRONG = (TypeError, ValueError, KeyError, ArithmeticError)
@@ -44,6 +49,8 @@ class Script:
     calls: list[Call] = field(default_factory=list)
     imports: set[str] = field(default_factory=set)  # packages, without their parts
     environment: dict[str, Setting] = field(default_factory=dict)  # what it puts into `os.environ`
+    options: dict[str, Any] = field(default_factory=dict)  # of argparse, with their defaults
+    usual: dict[str, Any] = field(default_factory=dict)  # those whose defaults were taken
     pins: dict[str, str] = field(default_factory=dict)  # package -> version, of its `pip install` lines
     docstring: range | None = None  # its lines, from 1
     warnings: list[str] = field(default_factory=list)
@@ -62,7 +69,11 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
         script.warnings += [f"{cell + ', ' if cell else ''}lines {lines} are not read: no Python" for lines in left_out]
         if ast.get_docstring(tree) and script.docstring is None:
             script.docstring = range(tree.body[0].lineno, (tree.body[0].end_lineno or 1) + 1)
+        script.options |= dict(_options(tree))
         _Reader(script, cell, names, environment or {}).visit(tree)
+    if script.usual:
+        values = ", ".join(f"{name} {value}" for name, value in script.usual.items())
+        script.warnings.append(f"options of its command are taken at their defaults (--env NAME=VALUE): {values}")
     return script
 
 
@@ -101,6 +112,20 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
                 f"cell {number:0{len(str(len(sources)))}}",
                 MAGIC.sub(lambda m: f"{m[1]}pass" + "\n" * m[0].count("\n"), source),
             )
+
+
+def _options(tree: ast.AST) -> Iterator[tuple[str, Any]]:
+    """Options of argparse that a command may leave out, by the names of their values, with their defaults."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
+            with suppress(*WRONG):
+                flags = [str(ast.literal_eval(flag)) for flag in node.args]
+                given = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg in OF_OPTION}
+                if given.get("required") or not flags[0].startswith("-"):
+                    continue
+                name = next((flag for flag in flags if flag.startswith("--")), flags[0])
+                usual = {"store_true": False, "store_false": True}.get(given.get("action", ""))
+                yield given.get("dest") or name.lstrip("-").replace("-", "_"), given.get("default", usual)
 
 
 class Unknown(str):
@@ -173,6 +198,8 @@ class _Reader(ast.NodeVisitor):
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
+        elif isinstance(target, ast.Attribute) and target.attr in OF_PROCESSOR:
+            self.script.calls.append(Call(target.attr, {target.attr: self.setting(value)}, value.lineno))
         elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
             self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
         elif isinstance(target, ast.Attribute) and isinstance(call, Call):
@@ -225,7 +252,39 @@ class _Reader(ast.NodeVisitor):
             return self.computed(lambda *texts: "".join(map(str, texts)), [self.value(part) for part in parts], unknown)
         if isinstance(node, ast.Call):
             return self.called(node, unknown)
+        if isinstance(node, ast.Attribute):
+            return self.attribute(node, unknown)
+        if isinstance(node, ast.IfExp | ast.BoolOp | ast.Compare):
+            return self.decided(node, unknown)
         return node.value if isinstance(node, ast.Constant) else unknown
+
+    def decided(self, node: ast.IfExp | ast.BoolOp | ast.Compare, unknown: Unknown) -> Any:
+        """The side that a condition takes, or its truth."""
+        if isinstance(node, ast.IfExp):
+            test = self.value(node.test)
+            return unknown if isinstance(test, Unknown) else self.value(node.body if test else node.orelse)
+        if isinstance(node, ast.Compare):
+            function = OPERATORS.get(type(node.ops[0])) if len(node.ops) == 1 else None
+            return self.computed(function, [self.value(side) for side in (node.left, node.comparators[0])], unknown)
+        value: Any = unknown
+        for side in node.values:
+            value = self.value(side)
+            if isinstance(value, Unknown) or bool(value) == isinstance(node.op, ast.Or):
+                break
+        return unknown if isinstance(value, Unknown) else value
+
+    def attribute(self, node: ast.Attribute, unknown: Unknown) -> Any:
+        """An argument of the call that made an object; of argparse's, what is given for it, else its default."""
+        base = ast.unparse(node.value)
+        made = self.names.get(base)
+        if isinstance(made, Call) and (setting := made.arguments.get(node.attr)) is not None:
+            return unknown if setting.text == setting.value else setting.value
+        is_parsed = base == "args" or (isinstance(made, Call) and PARSED.fullmatch(made.name))
+        if not is_parsed or node.attr not in self.script.options:
+            return unknown
+        if node.attr in self.environment:
+            return self.given(node.attr, unknown)
+        return self.script.usual.setdefault(node.attr, self.script.options[node.attr])
 
     def given(self, name: str, unknown: Unknown) -> Any:
         text = self.environment.get(name)
@@ -239,6 +298,9 @@ class _Reader(ast.NodeVisitor):
             return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
         if name in ("os.environ.get", "os.getenv"):
             return self.environment.get(str(given[0]), given[1] if len(given) > 1 else unknown)
+        text = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else unknown
+        if name.endswith(".replace") and isinstance(text, str) and not isinstance(text, Unknown):
+            return self.computed(text.replace, given, unknown)
         return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:

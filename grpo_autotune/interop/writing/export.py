@@ -77,7 +77,8 @@ def export(tuned: Mapping[str, Any], original: Original, ranks: int | None = Non
     draft = _Draft(original, before, raw, ranks)
     for key, value in _batch_values(side, before, numbers).items():
         if not draft.set(key, value):
-            raise ConfigError(f"{key} cannot be set to {value} here", where=str(path), fix="Set it by hand.")
+            tied = f": {draft.tied} would change with it" if draft.tied else ""
+            raise ConfigError(f"{key} cannot be set to {value} here{tied}", where=str(path), fix="Set it by hand.")
     draft.check(numbers)
     lost = []
     for change in receipt.changed:
@@ -104,6 +105,7 @@ class _Draft:
         self.original, self.before, self.raw, self.ranks = original, before, raw, ranks
         self.text = plain_text(original.path)
         self.keys: list[ExportedKey] = []
+        self.tied = ""  # a key that the last one which could not be set shares its place with (an anchor, a variable)
         self.values = before.values
 
     def settings(self, text: str) -> dict[str, Any] | None:
@@ -121,11 +123,15 @@ class _Draft:
         if old == value:
             return True
         wanted = (self.settings(self.text) or {}) | {name: value}
-        candidates = edits(self.original.path, self.text, key, value, self.raw.framework)
-        text = next((text for text in candidates if self.settings(text) == wanted), None)
-        if text is not None:
-            self.text, self.keys = text, [*self.keys, ExportedKey(key=name, before=old, after=value)]
-        return text is not None
+        self.tied = ""
+        for text in edits(self.original.path, self.text, key, value, self.raw.framework):
+            read = self.settings(text)
+            if read == wanted:
+                self.text, self.keys = text, [*self.keys, ExportedKey(key=name, before=old, after=value)]
+                return True
+            tied = [other for other in wanted if read and other in read and read[other] != wanted[other]]
+            self.tied = self.tied or (tied[0] if read and read.get(name) == value and tied else "")
+        return False
 
     def set_all(self, values: Mapping[str, Any]) -> str:
         """Set the keys of one tuned value, or none of them; the reason for that."""
@@ -133,7 +139,8 @@ class _Draft:
         why = ""
         failed = [key.lstrip("+") for key, value in values.items() if not self.set(key, value)]
         if failed:
-            why = f"this file does not show where: set {failed[0]} by hand"
+            reason = f"{self.tied} would change with it" if self.tied else "this file does not show where"
+            why = f"{reason}: set {failed[0]} by hand"
         elif self.text != kept[0]:
             try:
                 self.values = self.imported().values
