@@ -21,7 +21,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.inference import Inference, Settings
 from grpo_autotune.report.inference import summarize
 from grpo_autotune.rollout.server.process import need_vllm
-from grpo_autotune.trained.source import find_trained
+from grpo_autotune.trained.source import find_whole
 from grpo_autotune.units import plural
 
 BATCH = {False: 32, True: 256}
@@ -62,7 +62,7 @@ def infer(asked: Request) -> Inference:
         raise ConfigError("this is no place for a file", where=f"--out {asked.out}", fix="Name a file in a folder.")
     if asked.in_vllm:
         need_vllm()
-    trained = find_trained(asked.place)
+    trained = find_whole(asked.place)
     config, data, split = _with_data(_configuration(asked, trained.config), asked.data, asked.split)
     config = config if asked.scored else _unscored(config)
     check_rewards(config)

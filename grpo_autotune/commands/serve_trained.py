@@ -16,7 +16,7 @@ from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import Weights, need_vllm
 from grpo_autotune.trained.agreement import check_answer
 from grpo_autotune.trained.serving import served_name, serving_trained
-from grpo_autotune.trained.source import Trained, find_trained
+from grpo_autotune.trained.source import Trained, find_whole
 
 
 def serve_trained(
@@ -36,7 +36,7 @@ def serve_trained(
         need_vllm()
     set_environment()
     mend_torchvision()
-    trained = find_trained(place)
+    trained = find_whole(place)
     wanted = serving_trained(trained, _weights(trained), _section(settings), named(gpus))
     answer = None
     if check and not dry_run:

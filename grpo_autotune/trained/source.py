@@ -65,6 +65,15 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
     return _described(path.resolve(), run, adapter)
 
 
+def find_whole(place: str | Path) -> Trained:
+    """As `find_trained`; ConfigError also for weights of which each rank saved its part."""
+    trained = find_trained(place)
+    if parts_of(trained.path) is not None:
+        fix = f"Put them together first, and give what comes out: grpo-autotune merge {trained.path} OUT."
+        raise ConfigError("each rank saved its part of these weights", where=str(trained.path), fix=fix)
+    return trained
+
+
 def parts_of(path: Path) -> Path | None:
     """The folder in `path` with weights that each rank saved its part of (DeepSpeed's ZeRO-3, FSDP's sharded state),
     where they are not there in one piece as well."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.trained.source import find_trained
+from grpo_autotune.trained.source import find_trained, find_whole
 
 
 def adapter(folder: Path, base: str = "base") -> Path:
@@ -68,6 +68,8 @@ def test_a_folder_outside_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
         ("empty", "neither a model nor an adapter"),
         ("young", "no whole checkpoint and no model"),
         ("broken", "is no JSON"),
+        ("of_zero", r"each rank saved its part.*grpo-autotune merge \S+of_zero OUT"),
+        ("of_fsdp", "each rank saved its part"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, told: str) -> None:
@@ -75,8 +77,11 @@ def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
     (adapter(tmp_path / "broken") / "adapter_config.json").write_text("{")
+    for parts in ("of_zero/global_step2", "of_fsdp/pytorch_model_fsdp_0"):
+        (tmp_path / parts).mkdir(parents=True)
+    assert find_trained(tmp_path / "of_zero").adapter is None
     with pytest.raises(ConfigError, match=told):
-        find_trained(tmp_path / words)
+        find_whole(tmp_path / words)
 
 
 def test_a_name_typed_wrongly_is_told_the_nearest_link_and_the_checkpoints(run: Path) -> None:
