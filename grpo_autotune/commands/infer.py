@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.registry_file import named_section
 from grpo_autotune.config.schema import RunConfig, load_config, override
 from grpo_autotune.console import Heartbeat, ProgressBar, is_live, say
@@ -63,7 +64,9 @@ def infer(asked: Request) -> Inference:
     if asked.in_vllm:
         need_vllm()
     trained = find_whole(asked.place)
-    config, data, split = _with_data(_configuration(asked, trained.config), asked.data, asked.split)
+    with of_other_processes():
+        config = _configuration(asked, trained.config)
+    config, data, split = _with_data(config, asked.data, asked.split)
     config = config if asked.scored else _unscored(config)
     check_rewards(config)
     startup = Startup()

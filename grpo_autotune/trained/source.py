@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError, nearest_hint
 from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, find_flaw, survey
@@ -100,7 +101,8 @@ def _described(path: Path, run: Path | None, name: str | None) -> Trained:
         raise ConfigError(
             "it holds neither a model nor an adapter", where=str(path), fix="Give a run folder of `train`."
         )
-    config = load_config(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
+    with of_other_processes():
+        config = load_config(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
     return Trained(path, label, run, config, adapter)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_autotune.config.schema import load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.trained.source import find_trained, find_whole
 
@@ -49,6 +50,16 @@ def test_a_checkpoint_is_of_its_run_from_within(run: Path, monkeypatch: pytest.M
         monkeypatch.chdir(folder)
         trained = find_trained(word)
         assert (trained.path.resolve(), trained.run) == (run / "checkpoints" / "checkpoint-10", run)
+
+
+def test_a_run_of_several_processes_is_read_by_one(run: Path) -> None:
+    text = "{model: {name_or_path: m}, data: {path: d}, rewards: [{name: format}], grpo: {num_generations: 8, %s}}"
+    for batch in ("per_device_train_batch_size: 3", "per_device_train_batch_size: 16, generation_batch_size: 8"):
+        (run / "config.yaml").write_text(text % batch)
+        config = find_trained(run).config
+        assert config is not None and config.grpo["num_generations"] == 8
+        with pytest.raises(ConfigError, match="multiple of"):
+            load_config(run / "config.yaml")
 
 
 def test_a_folder_outside_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
