@@ -213,6 +213,8 @@ def sharded(models: Models, options: argparse.Namespace) -> Iterator[dict[str, A
         cases = {name: CASES[name] for name in chosen if CASES[name]["kind"] in options.architectures}
         for kind in {case["kind"] for case in cases.values()}:
             models.of(kind)
+        if not cases:
+            continue
         words = [f"{sharding}={name}" for name in cases]
         on_two_processes("tests.support.sharded_ranks", str(models.folder), str(models.folder), "5", *words)
         told = json.loads((models.folder / "rank0.json").read_text(encoding="utf-8"))
