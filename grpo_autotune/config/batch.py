@@ -11,7 +11,7 @@ processes (`WORLD_SIZE`, which torchrun sets).
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +35,9 @@ _judged: ContextVar[bool] = ContextVar("judged", default=True)
 @contextmanager
 def of_other_processes() -> Iterator[None]:
     """Inside it a batch is that of a stored run, legal on the processes that it had: this command has one."""
-    token = _judged.set(False)
-    try:
+    with ExitStack() as ended:
+        ended.callback(_judged.reset, _judged.set(False))
         yield
-    finally:
-        _judged.reset(token)
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,7 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
 
 def find_whole(place: str | Path) -> Trained:
     """As `find_trained`; ConfigError also for weights of which each rank saved its part."""
-    trained = find_trained(place)
-    if parts_of(trained.path) is not None:
+    if parts_of((trained := find_trained(place)).path) is not None:
         fix = f"Put them together first, and give what comes out: grpo-autotune merge {trained.path} OUT."
         raise ConfigError("each rank saved its part of these weights", where=str(trained.path), fix=fix)
     return trained
