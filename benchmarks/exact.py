@@ -206,11 +206,15 @@ def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any
 
 
 def sharded(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each way to share and each case of `tests.support.sharded_ranks`, of the first process."""
-    cases = {name: CASES[name] for name in options.cases if CASES[name]["kind"] in options.architectures}
-    for kind in {case["kind"] for case in cases.values()}:
-        models.of(kind)
+    """One row for each way to share and each case of `tests.support.sharded_ranks`, of the first process; FSDP2 refuses
+    mixed rows."""
     for sharding in options.shardings:
+        chosen = [name for name in options.cases if sharding != "fsdp2" or not CASES[name].get("mixed")]
+        cases = {name: CASES[name] for name in chosen if CASES[name]["kind"] in options.architectures}
+        for kind in {case["kind"] for case in cases.values()}:
+            models.of(kind)
+        if not cases:
+            continue
         words = [f"{sharding}={name}" for name in cases]
         on_two_processes("tests.support.sharded_ranks", str(models.folder), str(models.folder), "5", *words)
         told = json.loads((models.folder / "rank0.json").read_text(encoding="utf-8"))
@@ -313,7 +317,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
     parser.add_argument("--shardings", nargs="+", choices=list(SHARDINGS), default=["zero2", "zero3", "fsdp2"])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["text", "mixed", "mixed, tower trained"])
+    cases = [name for name, case in CASES.items() if "names" not in case]
+    parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
     parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")
     options = parser.parse_args()
     command = f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}"

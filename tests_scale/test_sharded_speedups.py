@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.speedups.test_step_check import WRONG
 from tests_scale.launch import launch
 
 EXACT = 1e-5
@@ -16,7 +17,7 @@ EXACT = 1e-5
 
 WORDS = (
     "zero1=text", "zero2=mixed", "zero2=mixed, tower trained", "zero3=text", "zero3=mixed",
-    "fsdp2=text", "fsdp2=images",
+    "fsdp2=text", "fsdp2=images", "fsdp2=wrong",
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ WORDS = (
 def found(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, of all combinations in one launch."""
     models, out = tiny("qwen3").parent, tmp_path_factory.mktemp("sharded")
-    assert {tiny(kind).parent for kind in ("qwen3_vl", "llama")} == {models}
+    assert {tiny(kind).parent for kind in ("qwen3_vl", "qwen3")} == {models}
     done = launch("tests.support.sharded_ranks", str(models), str(out), "2", *WORDS)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
@@ -36,3 +37,5 @@ def found(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
 def test_weights_and_rewards_are_those_of_plain_trl(found: list[dict[str, Any]], word: str) -> None:
     for told in (ranks[word] for ranks in found):
         assert told["sharded"] and told["same_rewards"] and told["apart"] < EXACT, told
+        off = [name for name, (_, reason) in told["table"].items() if "self-check" in reason]
+        assert off == ([WRONG] if word.endswith("wrong") else []), told

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.schema import load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import refusal_told
@@ -36,7 +37,8 @@ def list_checkpoints(run: Path, strategy: str | None, mode: str = "auto", *, sho
     if not saved:
         fix = "grpo.save_strategy and grpo.save_steps say when `train` saves one."
         raise ConfigError("there is no checkpoint here", where=str(run), fix=fix)
-    config = load_config(folder.config) if folder.config.is_file() else None
+    with of_other_processes():
+        config = load_config(folder.config) if folder.config.is_file() else None
     log, usable = load_log(run), {one.step: one.path.name for one in saved if one.flaw in STATES}
     evaluated = any(line["kind"] == "eval" for line in log)
     evaluations = EvaluationLog(log if evaluated else _marked(log, [one.step for one in saved]))

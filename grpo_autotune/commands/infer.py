@@ -10,6 +10,7 @@ from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.registry_file import named_section
 from grpo_autotune.config.schema import RunConfig, load_config, override
 from grpo_autotune.console import Heartbeat, ProgressBar, is_live, say
@@ -21,7 +22,7 @@ from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.inference import Inference, Settings
 from grpo_autotune.report.inference import summarize
 from grpo_autotune.rollout.server.process import need_vllm
-from grpo_autotune.trained.source import find_trained
+from grpo_autotune.trained.source import find_whole
 from grpo_autotune.units import plural
 
 BATCH = {False: 32, True: 256}
@@ -62,8 +63,10 @@ def infer(asked: Request) -> Inference:
         raise ConfigError("this is no place for a file", where=f"--out {asked.out}", fix="Name a file in a folder.")
     if asked.in_vllm:
         need_vllm()
-    trained = find_trained(asked.place)
-    config, data, split = _with_data(_configuration(asked, trained.config), asked.data, asked.split)
+    trained = find_whole(asked.place)
+    with of_other_processes():
+        config = _configuration(asked, trained.config)
+    config, data, split = _with_data(config, asked.data, asked.split)
     config = config if asked.scored else _unscored(config)
     check_rewards(config)
     startup = Startup()

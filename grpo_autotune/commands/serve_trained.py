@@ -15,7 +15,7 @@ from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import need_vllm
 from grpo_autotune.trained.agreement import check_answer
 from grpo_autotune.trained.serving import served_name, served_weights, serving_trained
-from grpo_autotune.trained.source import base_section, find_trained
+from grpo_autotune.trained.source import base_section, find_whole
 
 
 def serve_trained(
@@ -35,7 +35,7 @@ def serve_trained(
         need_vllm()
     set_environment()
     mend_torchvision()
-    trained = find_trained(place)
+    trained = find_whole(place)
     if trained.adapter is not None and trained.config is not None and trained.config.model.load_in_4bit:
         say("the base is served as it is stored, and was in 4 bits in training (model.load_in_4bit)")
     wanted = serving_trained(trained, served_weights(base_section(trained)), _section(settings), named(gpus))

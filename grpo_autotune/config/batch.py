@@ -10,7 +10,9 @@ processes (`WORLD_SIZE`, which torchrun sets).
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,17 @@ def world_size() -> int:
         fix = "Unset it, or use torchrun."
         raise ConfigError(f"{text!r} is not a number of processes", where="WORLD_SIZE", fix=fix)
     return int(text)
+
+
+_judged: ContextVar[bool] = ContextVar("judged", default=True)
+
+
+@contextmanager
+def of_other_processes() -> Iterator[None]:
+    """Inside it a batch is that of a stored run, legal on the processes that it had: this command has one."""
+    with ExitStack() as ended:
+        ended.callback(_judged.reset, _judged.set(False))
+        yield
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,8 @@ def batch_plan(grpo: Mapping[str, Any]) -> BatchPlan:
         eval_batch=int(value("per_device_eval_batch_size")) * processes if evaluates else None,
         eval_generations=int(value("num_generations_eval") or group),
     )
-    _check_groups(plan, "steps_per_generation" if value("steps_per_generation") else "gradient_accumulation_steps")
+    if _judged.get():
+        _check_groups(plan, "steps_per_generation" if value("steps_per_generation") else "gradient_accumulation_steps")
     return plan
 
 
@@ -119,11 +133,11 @@ def _steps_per_generation(batch: int | None, steps: int | None, micro: int, proc
         what = "generation_batch_size and steps_per_generation are both given, and each decides the other"
         raise ConfigError(what, where="grpo.generation_batch_size", fix="Remove one of them.")
     per_device, device_batch = f"per_device_train_batch_size {micro}", micro * processes
-    if batch % device_batch:
+    if batch % device_batch and _judged.get():
         what = f"{batch} is not a multiple of {per_device} x world size {processes} = {device_batch}"
         fix = f"Nearest legal: {_words(_nearest_multiples(batch, device_batch))}."
         raise ConfigError(what, where="grpo.generation_batch_size", fix=fix)
-    return batch // device_batch
+    return max(1, batch // device_batch)
 
 
 def _check_groups(plan: BatchPlan, steps_name: str) -> None:

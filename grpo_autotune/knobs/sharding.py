@@ -41,12 +41,10 @@ def zero_values(key: str, context: KnobContext, own: Any) -> tuple[Any, ...]:
 
 
 def zero_rule(key: str, context: KnobContext, value: Any) -> str | None:
-    """A stage is 1, 2 or 3; parameters are shared in stage 3, where packed weights cannot be."""
+    """A stage is 1, 2 or 3; parameters are shared in stage 3 alone."""
     config = context.config
     if key == STAGE and value not in (1, 2, 3):
         return f"{key} {value} is none of 1, 2 and 3"
-    if key == STAGE and value == 3 and config.model.load_in_4bit:
-        return f"{key} 3 shares no weights in 4 bits (model.load_in_4bit)"
     if value == "cpu" and not context.gpus:
         return f"{key} cpu saves nothing without a GPU"
     if not zero_value(STAGE, config) and zero_value(OFFLOAD_OPTIMIZER, config) not in (None, "none"):

@@ -62,7 +62,8 @@ class SpeedUps:
         if not self._installed:
             self._groups.remove()
         self._layers = [wrap(AttributeSlot(self._trainer, "training_step"), self._step, OUTERMOST)]
-        if self._to_compare() and in_parts(self._trainer) is None and not self._trainer.is_fsdp_enabled:
+        asked = self._check == "always" or unheld() or foreign_code(self._trainer) is not None
+        if asked and in_parts(self._trainer) is None:
             from grpo_autotune.speedups.step_check import StepCheck
 
             self._layers += StepCheck(self._trainer, self._installed.values()).handles
@@ -104,23 +105,8 @@ class SpeedUps:
         methods = {*MICRO_BATCH, REWARDS, *stood_for}
         return {foreign_code(self._trainer), *(overridden(self._trainer, (method,)) for method in methods)}
 
-    def _to_compare(self) -> str | None:
-        """The reason why whole micro steps are to be compared with plain ones, in words; None without any."""
-        return "speedups_check: always" if self._check == "always" else unheld() or foreign_code(self._trainer)
-
     def _why_not(self, speedup: SpeedUp) -> str | None:
-        return (
-            speedup.applies(self._trainer) or overridden(self._trainer, _stands_for(speedup)) or self._unseen(speedup)
-        )
-
-    def _unseen(self, speedup: SpeedUp) -> str | None:
-        """The reason why a speed-up of a micro step is off where that is to be compared and cannot be: FSDP 2 keeps its
-        gradients in places of its own."""
-        from grpo_autotune.speedups.step_check import BEFORE
-
-        if not self._trainer.is_fsdp_enabled or speedup.name in BEFORE or (why := self._to_compare()) is None:
-            return None
-        return f"micro steps cannot be compared under FSDP, and are to be: {why}"
+        return speedup.applies(self._trainer) or overridden(self._trainer, _stands_for(speedup))
 
     def _take(self, name: str, speedup: SpeedUp | None) -> Row:
         if speedup is None:

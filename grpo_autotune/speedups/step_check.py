@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next, take_off
+from grpo_autotune.seams.ranks import syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -69,7 +71,9 @@ class StepCheck(Installed):
         return call_next(model, inputs, *args, **kwargs)
 
     def _backward(self, call_next: Next, /, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A backward pass, but not by DeepSpeed's engine where it is tried."""
+        """A backward pass, but not by DeepSpeed's engine where it is tried, and without FSDP 2 adding up."""
+        if self._trying and self.trainer.is_fsdp_enabled:
+            self.trainer.model.set_requires_gradient_sync(False)  # merged passes have turned it on again
         if not self._trying or self.trainer.accelerator.state.deepspeed_plugin is None:
             return call_next(loss, *args, **kwargs)
         (loss * getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0)).backward()  # type: ignore[no-untyped-call]
@@ -79,7 +83,9 @@ class StepCheck(Installed):
         """Take the speed-ups off where a micro step is another with them; leave everything else as it was."""
         trainer = self.trainer
         unused = trainer.optimizer, trainer.ref_model, trainer.train_dataset, trainer.eval_dataset, trainer.reward_funcs
+        leaves = _leaves(trainer.model)  # and of no weight is more gathered than its part
         state = State([*map(vars, (trainer, trainer.state, *self._parts)), window], unused)
+        state.weights = leaves or state.weights
         state.size = 0.0 if lives else math.inf
         text = base_of(trainer.model).config.get_text_config()
         judged = [_judged(batch) for batch in window]
@@ -146,6 +152,8 @@ class StepCheck(Installed):
             state.put_back()
             for one, reason in fell_back.items():
                 one.fell_back = reason
+            if self.trainer.is_fsdp_enabled:
+                model.set_requires_gradient_sync(accelerator.sync_gradients or syncs_each_pass(accelerator))
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
         state.size = state.size or float(sampled.square().mean().sqrt()) or 1.0
         return torch.cat([sampled / state.size, others * math.sqrt(len(sampled) / len(others))])
@@ -182,6 +190,16 @@ class Gradients:
         take_off(self._handles)  # first: None in place of a hook leaves it in autograd
         for weight, (gradient, hooks) in zip(self._weights, self._before, strict=True):
             weight.grad, weight._post_accumulate_grad_hooks = gradient, hooks
+
+
+def _leaves(model: Any) -> list[nn.Parameter]:
+    """The tensors that get gradients under FSDP 2, which are not the shards: all ranks gather them, unit by unit."""
+    leaves: list[nn.Parameter] = []
+    for unit in units(model):
+        unit.unshard()
+        leaves += (weight for weight in unit.parameters() if weight.requires_grad and not hasattr(weight, "to_local"))
+        unit.reshard()
+    return leaves
 
 
 class _Verdict(Installed):

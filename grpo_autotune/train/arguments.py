@@ -135,6 +135,13 @@ def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:
     return {"device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
 
 
+def packed_in(grpo: GRPOConfig) -> torch.dtype | None:
+    """The type of the numbers that weights in 4 bits lie in; None for bitsandbytes' own. FSDP2 shares floating ones
+    alone, and gathers them in the type of mixed precision: another one would be converted, and what is packed lost."""
+    gathered = torch.bfloat16 if grpo.bf16 else torch.float16 if grpo.fp16 else torch.float32
+    return gathered if grpo.fsdp else None
+
+
 def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:
     """Write FSDP2, where it is asked for, in transformers' keys, and in accelerate's variables as its launcher does:
     what lies on the CPU needs a process group of its own, which is made before transformers reads its keys."""

@@ -33,6 +33,7 @@ from grpo_autotune.train.arguments import (
     check_best_metric,
     check_deepspeed,
     grpo_arguments,
+    packed_in,
     suppress_image_token,
     unlocked_engine,
 )
@@ -160,7 +161,9 @@ def build_trainer(
             rows = eval_data[name] if name else eval_data
             fitted[name] = fit_prompts(rows, processor, options, one.path or config.data.path, say, config.data)
         zero_3 = getattr(arguments.grpo.deepspeed_plugin, "zero_stage", None) == 3
-        model, adapter = load_policy(config, source, arguments.placement, zero_3=zero_3)
+        model, adapter = load_policy(
+            config, source, arguments.placement, zero_3=zero_3, packed_in=packed_in(arguments.grpo)
+        )
         suppress_image_token(arguments.grpo, processor, model)
     set_seed(arguments.grpo.seed)  # of an adapter's weights: TRL before 1.15 draws them unseeded
     with (

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from grpo_autotune.config.places import check_same_adapter
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.trained.source import find_trained
+from grpo_autotune.trained.source import find_whole
 
 WHERE = "model.adapter"
 
 
 def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
-    """The configuration with `model.adapter` as a folder of PEFT's, named as `find_trained` takes them; `say` is told
+    """The configuration with `model.adapter` as a folder of PEFT's, named as `find_whole` takes them; `say` is told
     where that adapter was trained on a base of another name.
 
     Raises:
@@ -20,7 +20,7 @@ def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     if config.model.adapter is None:
         return config
     try:
-        trained = find_trained(config.model.adapter)
+        trained = find_whole(config.model.adapter)
     except ConfigError as error:
         raise ConfigError(error.what, where=f"{WHERE} {error.where}", fix=error.fix) from error
     if trained.adapter is None:

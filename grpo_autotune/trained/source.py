@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.errors import ConfigError, nearest_hint
@@ -82,6 +83,14 @@ def base_section(trained: Trained) -> ModelSection:
     return ModelSection(name_or_path=name, trust_remote_code=trusted)
 
 
+def find_whole(place: str | Path) -> Trained:
+    """As `find_trained`; ConfigError also for weights of which each rank saved its part."""
+    if parts_of((trained := find_trained(place)).path) is not None:
+        fix = f"Put them together first, and give what comes out: grpo-autotune merge {trained.path} OUT."
+        raise ConfigError("each rank saved its part of these weights", where=str(trained.path), fix=fix)
+    return trained
+
+
 def parts_of(path: Path) -> Path | None:
     """The folder in `path` with weights that each rank saved its part of (DeepSpeed's ZeRO-3, FSDP's sharded state),
     where they are not there in one piece as well."""
@@ -108,7 +117,8 @@ def _described(path: Path, run: Path | None, name: str | None) -> Trained:
         raise ConfigError(
             "it holds neither a model nor an adapter", where=str(path), fix="Give a run folder of `train`."
         )
-    config = load_config(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
+    with of_other_processes():
+        config = load_config(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
     return Trained(path, label, run, config, adapter)
 
 

@@ -20,6 +20,7 @@ def allow() -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     build = Accelerator.__init__
     begin = AcceleratorState.__init__
@@ -32,6 +33,8 @@ def allow() -> None:
         kind = DistributedType.MULTI_CPU if fsdp_plugin is None else DistributedType.FSDP
         self._shared_state["fsdp_plugin"] = fsdp_plugin
         self._shared_state["distributed_type"] = PartialState._shared_state["distributed_type"] = kind
+        if fsdp_plugin is not None and fsdp_plugin.cpu_offload:
+            fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # which needs an accelerator
         if fsdp_plugin is not None and self._mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self._mixed_precision)
 

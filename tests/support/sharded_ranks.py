@@ -24,6 +24,7 @@ from grpo_autotune.seams import fully_sharded
 from grpo_autotune.seams.mixed_image_rows import mend
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.install import speed_up
+from tests.speedups.test_step_check import WRONG
 from tests.support.exactness import apart, asked
 from tests.support.fsdp_cpu import allow, whole
 from tests.support.pairs import rewards_of
@@ -49,12 +50,14 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 
 HALF_GROUPS = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4}
 CASES: dict[str, dict[str, Any]] = {
-    "text": {"kind": "llama", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.05, "gradient_checkpointing": True}},
+    "text": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.05, "gradient_checkpointing": True}},
     "text alive": {"kind": "qwen3", "lora": True, "grpo": {"per_device_train_batch_size": 4, "num_generations": 4}},
     "images": {"kind": "qwen3_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.0}, "dead": True},
+    "images, tower trained": {"kind": "qwen3_vl", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}},
     "mixed": {"kind": "qwen3_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.0}, "mixed": True, "dead": True},
     "mixed, tower trained": {"kind": "qwen3_vl", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "mixed": True},
     "mixed, reference": {"kind": "qwen2_5_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.05}, "mixed": True},
+    "wrong": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [WRONG, "shared_prefix"]},
 }  # fmt: skip
 
 
@@ -116,7 +119,7 @@ def train(model: Path, case: dict[str, Any], out: Path, sharding: str, names: st
         fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
         trainer.add_callback(_Mend())
     mend(trainer)
-    speedups = speed_up(trainer, asked(names), check="auto" if names == "none" or sharding == "fsdp2" else "always")
+    speedups = speed_up(trainer, asked(names), check="auto" if names == "none" else "always")
     trainer.train()
     return trainer, speedups, _whole_weights(trainer)
 
@@ -133,12 +136,10 @@ def fresh() -> None:
     gc.collect()
 
 
-def compared(
-    models: Path, out: Path, sharding: str, case: dict[str, Any], names: str | Sequence[Any] = "auto", steps: int = 3
-) -> dict[str, Any]:
+def compared(models: Path, out: Path, sharding: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
     """How far a case's weights are apart, relative; whether rewards are equal; what was on, and why not the rest."""
     ended = []
-    for wanted in ("none", names):
+    for wanted in ("none", case.get("names", "auto")):
         fresh()
         begin = time.perf_counter()
         trainer, speedups, weights = train(models / case["kind"], case, out, sharding, wanted, steps)
@@ -170,7 +171,7 @@ def main(models: str, out: str, steps: str, *words: str) -> None:
     found = {}
     for word in words:
         sharding, _, case = word.partition("=")
-        found[word] = compared(Path(models), Path(out), sharding, CASES[case], steps=int(steps))
+        found[word] = compared(Path(models), Path(out), sharding, CASES[case], int(steps))
     (Path(out) / f"rank{RANK}.json").write_text(json.dumps(found), encoding="utf-8")
     distributed.barrier()
     distributed.destroy_process_group()  # else its threads may still run when the process ends, which aborts it

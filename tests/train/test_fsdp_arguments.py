@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,3 +48,12 @@ def test_whole_models_and_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, fsdp: Any, more: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         written(monkeypatch, fsdp, **more)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"), [({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16"), ({}, "float32")]
+)
+def test_weights_in_4_bits_lie_in_what_is_gathered(keys: dict[str, Any], dtype: str) -> None:
+    given = {"bf16": False, "fp16": False, **keys}
+    assert str(arguments.packed_in(SimpleNamespace(fsdp=True, **given))) == f"torch.{dtype}"
+    assert arguments.packed_in(SimpleNamespace(fsdp=[], **given)) is None

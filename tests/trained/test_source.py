@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo_autotune.config.schema import load_config
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.trained.source import find_trained
+from grpo_autotune.trained.source import find_trained, find_whole
 
 
 def adapter(folder: Path, base: str = "base") -> Path:
@@ -51,6 +52,16 @@ def test_a_checkpoint_is_of_its_run_from_within(run: Path, monkeypatch: pytest.M
         assert (trained.path.resolve(), trained.run) == (run / "checkpoints" / "checkpoint-10", run)
 
 
+def test_a_run_of_several_processes_is_read_by_one(run: Path) -> None:
+    text = "{model: {name_or_path: m}, data: {path: d}, rewards: [{name: format}], grpo: {num_generations: 8, %s}}"
+    for batch in ("per_device_train_batch_size: 3", "per_device_train_batch_size: 16, generation_batch_size: 8"):
+        (run / "config.yaml").write_text(text % batch)
+        config = find_trained(run).config
+        assert config is not None and config.grpo["num_generations"] == 8
+        with pytest.raises(ConfigError, match="multiple of"):
+            load_config(run / "config.yaml")
+
+
 def test_a_folder_outside_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -68,6 +79,8 @@ def test_a_folder_outside_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
         ("empty", "neither a model nor an adapter"),
         ("young", "no whole checkpoint and no model"),
         ("broken", "is no JSON"),
+        ("of_zero", r"each rank saved its part.*grpo-autotune merge \S+of_zero OUT"),
+        ("of_fsdp", "each rank saved its part"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, told: str) -> None:
@@ -75,8 +88,11 @@ def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
     (adapter(tmp_path / "broken") / "adapter_config.json").write_text("{")
+    for parts in ("of_zero/global_step2", "of_fsdp/pytorch_model_fsdp_0"):
+        (tmp_path / parts).mkdir(parents=True)
+    assert find_trained(tmp_path / "of_zero").adapter is None
     with pytest.raises(ConfigError, match=told):
-        find_trained(tmp_path / words)
+        find_whole(tmp_path / words)
 
 
 def test_a_name_typed_wrongly_is_told_the_nearest_link_and_the_checkpoints(run: Path) -> None:

@@ -29,7 +29,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
 
 
 def load_policy(
-    config: RunConfig, source: str, placement: Mapping[str, Any], *, zero_3: bool
+    config: RunConfig, source: str, placement: Mapping[str, Any], *, zero_3: bool, packed_in: Any = None
 ) -> tuple[Any, LoraConfig | None]:
     """The model at `source` as `load_model` has it, and the adapter that TRL shall put on it; with `model.adapter` a
     `PeftModel`, and None. As TRL has it, PEFT makes its matrices float32 unless DeepSpeed's `zero_3` shards the model.
@@ -37,7 +37,7 @@ def load_policy(
     Raises:
         ConfigError: As `load_model` and `with_adapter`, or the vision tower is frozen and the adapter is on it.
     """
-    model = load_model(config.model, source, placement)
+    model = load_model(config.model, source, placement, packed_in=packed_in)
     if config.model.adapter is None:
         return model, lora_config(config, model)
     folder, in_float32 = config.model.adapter, not zero_3 or config.model.load_in_4bit

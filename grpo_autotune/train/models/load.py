@@ -41,16 +41,19 @@ def model_source(section: ModelSection, say: Callable[[str], None]) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def load_model(section: ModelSection, source: str, placement: Mapping[str, Any]) -> Any:
+def load_model(
+    section: ModelSection, source: str, placement: Mapping[str, Any], *, packed_in: torch.dtype | None = None
+) -> Any:
     """The policy before any adapter, from the weights at `source`; the vision tower frozen where asked. TRL decides on
-    the device where `placement` (`device_map`, as `arguments.placement` has it) is empty. ConfigError where the weights
-    cannot be loaded, or there is no vision tower to freeze."""
+    the device where `placement` (`device_map`, as `arguments.placement` has it) is empty. Weights in 4 bits lie in
+    numbers of the type `packed_in`. ConfigError where the weights cannot be loaded, or there is no vision tower to
+    freeze."""
     options = {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, **placement}
     for name in ("revision", "attn_implementation"):
         if getattr(section, name) is not None:
             options[name] = getattr(section, name)
     if section.load_in_4bit:
-        options["quantization_config"] = _four_bit(section)
+        options["quantization_config"] = _four_bit(section, packed_in)
     with _load_errors(source):
         model = create_model_from_path(source, **options)
     if section.load_in_4bit and model.device.type == "cpu":
@@ -154,7 +157,7 @@ def _also_exclude(given: str | list[str] | None, tower: str) -> str:
     return "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
-def _four_bit(section: ModelSection) -> BitsAndBytesConfig:
+def _four_bit(section: ModelSection, packed_in: torch.dtype | None) -> BitsAndBytesConfig:
     """NF4 with double quantisation, as QLoRA has it (arXiv 2305.14314, section 3)."""
     dtype = torch.bfloat16 if section.dtype == "auto" else getattr(torch, section.dtype)
     return BitsAndBytesConfig(
@@ -162,6 +165,7 @@ def _four_bit(section: ModelSection) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=packed_in,
     )
 
 
