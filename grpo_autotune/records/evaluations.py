@@ -132,11 +132,11 @@ class EvaluationLog:
 
 
 def half_interval(values: Sequence[float], confidence: float = 0.95) -> float:
-    """Half of the interval of the mean of independent numbers, by Student's t; NaN for fewer than two."""
+    """Half of the interval of the mean of independent numbers, by Student's t; NaN for fewer than two or infinite."""
     from scipy.special import stdtrit
 
     known = [value for value in values if not math.isnan(value)]
-    if len(known) < 2:
+    if len(known) < 2 or any(map(math.isinf, known)):
         return math.nan
     scale = float(stdtrit(len(known) - 1, (1.0 + confidence) / 2.0))
     return scale * statistics.stdev(known) / math.sqrt(len(known))

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field
 from grpo_autotune.records.base import Document, Frozen
 
 SCHEMA: Final = "grpo-autotune/infer/1"
-SETTINGS: Final = "grpo-autotune/infer-settings/1"
+SETTINGS: Final = "grpo-autotune/infer-settings/2"
 TOTAL: Final = "total"
 """Name of the weighted sum among the scores."""
 
@@ -33,7 +33,7 @@ class Completion(Frozen):
 class Settings(Document):
     """The settings of a file, on which its completions depend: only the same ones may go on with it."""
 
-    schema_: Literal["grpo-autotune/infer-settings/1"] = Field(default=SETTINGS, alias="schema")
+    schema_: Literal["grpo-autotune/infer-settings/2"] = Field(default=SETTINGS, alias="schema")
     checkpoint: str
     weights: str  # digest of the files that hold them
     backend: Literal["generate", "vllm"]

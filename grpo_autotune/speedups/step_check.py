@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next, take_off
@@ -112,6 +113,8 @@ class StepCheck(Installed):
                         one.fall_back(reason)
                     parts = self._on()
         except torch.OutOfMemoryError:
+            if trainer.is_fsdp_enabled:  # other ranks may wait in the middle of the pass
+                raise
             for one in parts if why else ():
                 one.fall_back(str(why))
             _logger.warning("a micro step without speed-ups does not fit into memory, and is not compared")
@@ -145,6 +148,10 @@ class StepCheck(Installed):
                 accelerator.backward(loss)
             sampled = accelerator.gather(gradients.sample())
             drawn = torch.rand(1, device=sampled.device), torch.rand(1).to(sampled.device)
+        except Exception as error:
+            if self.trainer.is_fsdp_enabled:
+                _forget_pass(self.trainer.model, error)
+            raise
         finally:
             self._trying = False
             gradients.put_back()
@@ -157,6 +164,14 @@ class StepCheck(Installed):
         others = accelerator.gather(torch.cat([loss.detach().float()[None], *drawn]))
         state.size = state.size or float(sampled.square().mean().sqrt()) or 1.0
         return torch.cat([sampled / state.size, others * math.sqrt(len(sampled) / len(others))])
+
+
+def _forget_pass(model: Any, error: Exception) -> None:
+    """Have FSDP 2 forget a pass that an error ended: within a backward pass, later ones would train nothing."""
+    if not hasattr(model, "reset_iter_state"):
+        what = f"a pass that is compared ended by {type(error).__name__}, after which this torch cannot go on"
+        raise EnvironmentProblem(what, where="speedups", fix="Take a newer torch, or speedups: none.") from error
+    model.reset_iter_state()
 
 
 class Gradients:

@@ -137,9 +137,10 @@ def placement(keys: Mapping[str, Any], processes: int) -> dict[str, Any]:
 
 def packed_in(grpo: GRPOConfig) -> torch.dtype | None:
     """The type of the numbers that weights in 4 bits lie in; None for bitsandbytes' own. FSDP2 shares floating ones
-    alone, and gathers them in the type of mixed precision: another one would be converted, and what is packed lost."""
+    alone, and gathers them in the type of mixed precision: another one would be converted, and what is packed lost.
+    With vLLM each rank keeps them whole, as the engine gets the numbers that they stand for."""
     gathered = torch.bfloat16 if grpo.bf16 else torch.float16 if grpo.fp16 else torch.float32
-    return gathered if grpo.fsdp else None
+    return gathered if grpo.fsdp and not grpo.use_vllm else None
 
 
 def _fully_sharded(keys: dict[str, Any], config: RunConfig) -> list[str]:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ DIGESTS = {
     "weights": "it was begun with other weights: training has gone on in that folder",
 }
 """Settings whose values would tell nobody anything."""
+MODEL_FILE = re.compile(r".*model.*\.(safetensors|bin)|(adapter_)?config\.json")
 SHOWN = 60
 
 
@@ -91,8 +93,8 @@ def alone_with(path: Path) -> Iterator[None]:
 
 
 def weights_digest(folder: Path) -> str:
-    """A digest of the weights in a folder: names and content of their files, wherever it lies."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    """A digest of the model in a folder: names and content of its files of weights and settings, wherever it lies."""
+    files = sorted(path for path in folder.iterdir() if MODEL_FILE.fullmatch(path.name))
     return rows_digest(f"{path.name} {sha256_of(path)}" for path in files)
 
 

@@ -25,7 +25,7 @@ from tests.support.pairs import gap, weights_of
 from tests.support.trainers import GRPOTrainer, make_trainer
 
 BATCH = {"num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
-WRONG = f"{__name__}:Wrong"
+WRONG, FAILING = f"{__name__}:Wrong", f"{__name__}:Failing"
 
 
 class Wrong:
@@ -44,6 +44,32 @@ class Wrong:
 
         installed.handles += wrap_rows(trainer, [(find("loss"), loss)], INNER)
         return installed
+
+
+class Failing(Wrong):
+    """A speed-up whose backward pass ends with an error, near its end."""
+
+    name = FAILING
+
+    def install(self, trainer):
+        installed = Installed(self.name)
+
+        def fails(gradient):
+            if not installed.fell_back:
+                raise ValueError("no gradient")
+
+        def seen(module, inputs, hidden):
+            if hidden.requires_grad:
+                hidden.register_hook(fails)
+
+        layers = next(one for name, one in trainer.model.named_modules() if name.endswith("layers.0"))
+        handle = layers.register_forward_hook(lambda module, inputs, hidden: seen(module, inputs, first(hidden)))
+        installed.handles.append(handle)
+        return installed
+
+
+def first(hidden):
+    return hidden[0] if isinstance(hidden, tuple) else hidden
 
 
 class Theirs(GRPOTrainer):

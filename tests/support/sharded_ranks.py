@@ -24,7 +24,7 @@ from grpo_autotune.seams import fully_sharded
 from grpo_autotune.seams.mixed_image_rows import mend
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.install import speed_up
-from tests.speedups.test_step_check import WRONG
+from tests.speedups.test_step_check import FAILING, WRONG
 from tests.support.exactness import apart, asked
 from tests.support.fsdp_cpu import allow, whole
 from tests.support.pairs import rewards_of
@@ -57,6 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed": {"kind": "qwen3_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.0}, "mixed": True, "dead": True},
     "mixed, tower trained": {"kind": "qwen3_vl", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "mixed": True},
     "mixed, reference": {"kind": "qwen2_5_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.05}, "mixed": True},
+    "failing": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [FAILING]},
     "wrong": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [WRONG, "shared_prefix"]},
 }  # fmt: skip
 

@@ -54,6 +54,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, fsdp: Any, more: dict[
     ("keys", "dtype"), [({"bf16": True}, "bfloat16"), ({"fp16": True}, "float16"), ({}, "float32")]
 )
 def test_weights_in_4_bits_lie_in_what_is_gathered(keys: dict[str, Any], dtype: str) -> None:
-    given = {"bf16": False, "fp16": False, **keys}
+    given = {"bf16": False, "fp16": False, "use_vllm": False, **keys}
     assert str(arguments.packed_in(SimpleNamespace(fsdp=True, **given))) == f"torch.{dtype}"
     assert arguments.packed_in(SimpleNamespace(fsdp=[], **given)) is None
+    assert arguments.packed_in(SimpleNamespace(fsdp=True, **{**given, "use_vllm": True})) is None

@@ -113,4 +113,4 @@ def test_an_interval_is_that_of_the_means_of_prompts() -> None:
     known = np.array([0.1, 0.5, 0.7, 0.9])
     low, high = stats.t.interval(0.95, 3, known.mean(), stats.sem(known))
     assert half_interval(means) == pytest.approx((high - low) / 2)
-    assert np.isnan(half_interval([0.5]))
+    assert np.isnan([half_interval(few) for few in ([0.5], [1.0, float("inf")])]).all()

@@ -78,6 +78,16 @@ def test_a_run_folder_may_be_moved(tmp_path: Path) -> None:
     assert len(CompletionFile(tmp_path / "out.jsonl", moved).completions) == 1
 
 
+def test_the_model_is_known_by_weights_and_settings_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    before = weights_digest(tmp_path)
+    (tmp_path / "optimizer.bin").write_bytes(b"moments")
+    assert weights_digest(tmp_path) == before
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    assert weights_digest(tmp_path) != before
+
+
 def test_a_file_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("mine")
@@ -97,7 +107,7 @@ def test_a_digest_tells_other_weights(tmp_path: Path) -> None:
     first = weights_digest(tmp_path)
     file.write_bytes(b"two")
     assert weights_digest(tmp_path) != first
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text("{}")
     file.write_bytes(b"one")
     assert weights_digest(tmp_path) == first
     file.write_bytes(bytes(3 << 20))

@@ -107,9 +107,14 @@ def with_adapter(model: Any, folder: str, *, where: str = "", **options: Any) ->
 
 def check_head(model: Any) -> None:
     """ConfigError for single trained tokens of the output layer: TRL's loss asks PEFT's layer for a bias (TRL 1.16)."""
-    if FUSED and hasattr(model.get_output_embeddings(), "token_adapter"):
-        what = "TRL's loss cannot train single tokens of the output layer, which may be tied to the embeddings"
-        fix = "Take peft.modules_to_save: [embed_tokens]; an adapter that has such tokens is to be merged first."
+    head = model.get_output_embeddings()
+    if FUSED and hasattr(head, "token_adapter") and not hasattr(head, "bias"):
+        is_tied = hasattr(model.get_input_embeddings(), "token_adapter")
+        what = (
+            f"TRL's loss cannot train single tokens of the output layer{', tied to the embeddings' if is_tied else ''}"
+        )
+        name = "embed_tokens" if is_tied else "lm_head"
+        fix = f"Take peft.modules_to_save: [{name}]; an adapter that has such tokens is to be merged first."
         raise ConfigError(what, where="peft.trainable_token_indices", fix=fix)
 
 
