@@ -81,7 +81,6 @@ CALLS = re.compile(  # calls of a script that say something about its training
     r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
-PLACEHOLDER = re.compile(r"(?<=[\s=])(<[A-Za-z](?:[\w ./:-]*\w)?>)(?=\s)")  # `--model <your model>`: no redirection
 LONGEST_SCRIPT = 2_000_000
 MOST_NAMED = 5
 
@@ -170,7 +169,7 @@ def _commands_in(text: str, places: range) -> list[str]:
 def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping[str, str]) -> Source:
     if len(text) > LONGEST_SCRIPT:
         raise ConfigError("too long for a script, and of no other format that is read", where=path.name)
-    script = evaluate(PLACEHOLDER.sub(r"'\1'", text), environment)
+    script = evaluate(text, environment)
     launches = [launch for command in script.commands if (launch := launched(command))]
     trainings: dict[int, tuple[str, list[Launch]]] = {}
     for launch in launches:
@@ -213,7 +212,10 @@ def _of_launch(
     warnings = list(script.warnings)
     if file := _config_of(framework, settings, given, first):
         base = _named(path, file, framework, script)
-        if base is None and not (framework == "verl" and SHIPPED.fullmatch(file)):
+        is_shipped = framework == "verl" and SHIPPED.fullmatch(file)
+        if base is None and is_shipped and "megatron" in file:
+            base = {"actor_rollout_ref.actor.strategy": Setting("megatron", file=file)}
+        if base is None and not is_shipped:
             warnings.append(f"{file} is not beside this file: what it sets is not read")
         settings = (base or {}) | settings
     for name, line in {name: word.line for word in launch.arguments for name in word.missing}.items():

@@ -69,12 +69,15 @@ def test_a_name_of_several_values_is_not_known(tmp_path: Path) -> None:
     file.write_text(
         "n, m, k, d = 8, 4, 2, {'a': 1}\nif fast():\n    n, d['a'] = 2, 3\nif False:\n    m = 5\nk *= 2\nd['b'] = 2\n"
         "def main(m):\n    GRPOConfig(m=m)\nfor i in x:\n    GRPOConfig(i=i)\n"
+        "a, b, c = 1, 1, 1\ntry:\n    a = 2\n    GRPOConfig(a=a)\nexcept ImportError:\n    a = 3\n"
+        "for i in x:\n    GRPOConfig(b=b)\n    b += 1\nwhile f():\n    c = 2\nGRPOConfig(a=a, b=b, c=c)\n"
         "GRPOConfig(n=n, m=m, k=k, **d)\nd.update(c=3)\nGRPOConfig(**d)\n"
     )
     values = [
         {name: s.value for name, s in call.arguments.items()} for call in python_source.read(file).called("GRPO.*")
     ]
-    assert values == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "**d": "d"}, {"**d": "d"}]
+    assert values[2:5] == [{"a": 2}, {"b": "b"}, {"a": "a", "b": "b", "c": "c"}]
+    assert values[:2] + values[5:] == [{"m": "m"}, {"i": "i"}, {"n": "n", "m": 4, "k": 4, "**d": "d"}, {"**d": "d"}]
 
 
 OPTIONS = """
@@ -114,7 +117,8 @@ def test_options_of_a_command_are_at_their_defaults(tmp_path: Path) -> None:
     [
         ("n or 2", 4), ("None or n", 4), ("n and 0", 0), ("f() or 2", "f() or 2"), ("n if n > 3 else 1", 4),
         ("1 if f() else n", "1 if f() else n"), ("False if kind == 'none' else True", False), ("n is not None", True),
-        ("kind in ('a', 'none')", True), ("1 < n < 5", "1 < n < 5"), ("n < 'a'", "n < 'a'"),
+        ("[f()] == [4]", "[f()] == [4]"), ("f'{[f()]}'", "f'{[f()]}'"), ("kind in ('a', 'none')", True),
+        ("1 < n < 5", "1 < n < 5"), ("n < 'a'", "n < 'a'"),
     ],
 )  # fmt: skip
 def test_a_condition_that_is_known(tmp_path: Path, text: str, value: object) -> None:
@@ -166,3 +170,41 @@ def test_the_environment_gives_a_name_that_is_left_open(tmp_path: Path) -> None:
     file.write_text("N = f()\nGRPOConfig(n=N, m=N * 2, k=OPEN, s=TEXT)\n")
     arguments = python_source.read(file, {"N": "4", "OPEN": "1e-3", "TEXT": "a/b"}).calls[-1].arguments
     assert {name: setting.value for name, setting in arguments.items()} == {"n": 4, "m": 8, "k": 1e-3, "s": "a/b"}
+
+
+TYPED = """
+p.add_argument("--lr", type=float, default="1e-5")
+p.add_argument("--n", type=int, default=4)
+p.add_argument("--k", type=kind, default="4")
+p.add_argument("--bad", type=int, default="four")
+p.add_argument("--beta", type=float, default=0.1)
+p.add_argument("--seed", type=int, default=1)
+p.add_argument(**spec)
+p.add_argument("--spread", **spec)
+p.set_defaults(beta=0.2, seed=f())
+GRPOConfig(args.lr, args.n, args.k, args.bad, args.beta, args.seed, args.spread)
+"""
+
+
+def test_defaults_as_argparse_gives_them(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TYPED)
+    (config,) = python_source.read(tmp_path / "train.py").called("GRPOConfig")
+    assert [setting.value for setting in config.arguments.values()] == [
+        1e-5, 4, "args.k", "args.bad", 0.2, "args.seed", "args.spread",
+    ]  # fmt: skip
+
+
+def test_defaults_are_said_shortly_and_without_secrets(tmp_path: Path) -> None:
+    names = ["wandb_key", *(f"name_{place}" for place in range(9))]
+    options = [f"p.add_argument('--{name}', default='local-{'abc' * 99}')" for name in names]
+    used = ", ".join(f"{name}=args.{name}" for name in names)
+    (tmp_path / "train.py").write_text("\n".join([*options, f"GRPOConfig({used})"]))
+    (warning,) = python_source.read(tmp_path / "train.py").warnings
+    assert "wandb_key ***, name_0 local-abc" in warning and warning.endswith(" and 5 more") and len(warning) <= 400
+
+
+def test_a_text_that_grows_without_end_is_not_known(tmp_path: Path) -> None:
+    lines = ["x = y = 'aaaaaaaaaa'", *["x = x.replace('a', 'aaaaaaaaaa')", "y = y + y"] * 20, "GRPOConfig(x=x, y=y)"]
+    (tmp_path / "train.py").write_text("\n".join(lines))
+    arguments = python_source.read(tmp_path / "train.py").called("GRPOConfig")[0].arguments
+    assert {name: setting.value for name, setting in arguments.items()} == {"x": "x", "y": "y"}

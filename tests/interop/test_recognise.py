@@ -43,6 +43,7 @@ def source(folder: Path, name: str, text: str, framework: str | None = None, **e
         ("torchrun src/open_r1/grpo_jsonl.py --x 1", "vlm-r1", "src/open_r1/grpo_jsonl.py"),
         ("torchrun src/open_r1/grpo_gui_lisa.py --max_pixels 4", "r1-v", "src/open_r1/grpo_gui_lisa.py"),
         ("torchrun src/open_r1/grpo.py --image_folders x", "vlm-r1", "src/open_r1/grpo.py"),
+        ('srun bash -c "trl grpo --model_name_or_path <your model> --beta 1"', "trl", "trl grpo"),
         ("srun bash -c 'python3 -m verl.trainer.main_ppo a.b=1'", "verl", "verl.trainer.main_ppo"),
     ],
 )
@@ -231,3 +232,20 @@ def test_reading_takes_no_heavy_library(tmp_path: Path) -> None:
 def test_import_of_a_file_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         import_file(tmp_path / "none.sh")
+
+
+QUOTES = """# it isn't one
+cat <<EOF > c.yaml
+system_prompt: "First <think> then answer"
+EOF
+trl grpo --model_name_or_path <your model> --config c.yaml --run_name 'in <think> and <answer> tags' \\
+    --other "in <think> tags" --output_dir <out/dir> --beta 1 <in.txt 2> err.log
+"""
+
+
+def test_a_placeholder_is_a_word_and_quotes_stay_as_they_are(tmp_path: Path) -> None:
+    settings = {key: one.value for key, one in source(tmp_path, "run.sh", QUOTES).settings.items()}
+    assert settings == {
+        "model_name_or_path": "<your model>", "config": "c.yaml", "run_name": "in <think> and <answer> tags",
+        "other": "in <think> tags", "output_dir": "<out/dir>", "beta": 1, "system_prompt": "First <think> then answer",
+    }  # fmt: skip

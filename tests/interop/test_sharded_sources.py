@@ -112,11 +112,13 @@ def test_accelerate_says_processes_and_zero(tmp_path) -> None:
     assert "deepspeed" not in launched(tmp_path, ACCELERATE, world_size=1).config["grpo"]
 
 
+SIZES = [f"parallelism_config_{kind}_size" for kind in ("sp", "tp", "cp")]
+
+
 def test_accelerate_with_ranks_that_share_a_sequence(tmp_path) -> None:
-    shared = {"parallelism_config": {"parallelism_config_sp_size": 2, "parallelism_config_tp_size": 1}}
+    shared = {"parallelism_config": dict(zip(SIZES, (2, 1, None), strict=True))}
     table = {row.key: row.kind for row in launched(tmp_path, {**ACCELERATE, **shared}).rows}
-    sizes = [table[f"launch.parallelism_config.parallelism_config_{kind}_size"] for kind in ("sp", "tp")]
-    assert sizes == ["none", "speed"]
+    assert [table[f"launch.parallelism_config.{size}"] for size in SIZES] == ["none", "speed", "speed"]
 
 
 def test_accelerate_with_fsdp(tmp_path) -> None:

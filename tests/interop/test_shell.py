@@ -153,7 +153,7 @@ def test_warnings_of_what_is_lost_or_not_read() -> None:
     assert "is not read" in evaluate("source conf.sh\n").warnings[0]
     assert "followed once" in evaluate("while true; do python3 a; done\n").warnings[0]
     assert evaluate("python3 $1\n").commands[0].words[1].line == 1
-    assert "not understood" in evaluate("python3 --x <a> <b>\n").warnings[0]
+    assert "not understood" in evaluate("python3 --x < > b\n").warnings[0]
     usage = 'if [ $# -lt 1 ]; then echo usage; exit 1; fi\npython3 "$1"\n'
     assert commands(usage)[-1] == ["python3", "$1"] and "may end here" in evaluate(usage).warnings[0]
 

@@ -232,6 +232,9 @@ def test_further_keys_of_sampling_win_over_the_plain_ones() -> None:
     record = of_trl({"top_k": 3, "generation_kwargs": further})
     assert record.config["grpo"]["top_k"] == 50 and row(record, "generation_kwargs").kind == "converted"
     assert record.config["grpo"]["generation_kwargs"] == {"do_sample": True, "typical_p": 0.9}
+    empty = {"temperature": None, "top_k": -1, "typical_p": 0.9}
+    grpo = of_trl({"generation_kwargs": empty, "temperature": 0.9, "top_k": 3}).config["grpo"]
+    assert (grpo["temperature"], grpo["top_k"], grpo["generation_kwargs"]) == (0.9, 0, {"typical_p": 0.9})
     record = of_trl({"generation_kwargs": {"temperature": 0.3, "max_new_tokens": 9}, "temperature": 0.9})
     assert record.config["grpo"]["temperature"] == 0.3 and "generation_kwargs" not in record.config["grpo"]
     assert "max_new_tokens: Use" in row(record, "generation_kwargs").why
@@ -370,7 +373,7 @@ def test_vlm_r1_rewards_are_called_as_its_trainer_does(tmp_path: Path) -> None:
     [
         ("r1-v", "src/open_r1/grpo.py", "open_r1.grpo"), ("r1-v", "open_r1.grpo_lisa", "open_r1.grpo_lisa"),
         ("r1-v", "/x/open_r1/grpo_classification.py", "open_r1.grpo_classification"),
-        ("vlm-r1", "src/open_r1/grpo_own.py", "open_r1.grpo_own"),
+        ("vlm-r1", "src/open_r1/grpo_own.py", "open_r1.grpo_own"), ("r1-v", "open_r1/my-grpo.py", "open_r1.grpo"),
     ],
 )  # fmt: skip
 def test_rewards_are_those_of_the_program(framework: str, program: str, module: str) -> None:
@@ -584,6 +587,34 @@ def test_a_program_with_a_model_config(tmp_path: Path) -> None:
     assert "mark = None" not in record.files["train_rewards.py"]
     path.write_text(MADE.replace("{more}", ", model_init_kwargs={'dtype': 'bfloat16'}"))
     assert imported(import_file(path)).config["model"]["dtype"] == "bfloat16"
+    path.write_text(MADE.replace("{more}", ", generation_kwargs=make()"))
+    assert row(imported(import_file(path)), "generation_kwargs").why == trl_keys.RUNS
+
+
+LOADED = (
+    """AutoModelForCausalLM.from_pretrained("org/m", torch_dtype="bfloat16", attn_implementation="flash_attention_2")"""
+)
+
+
+def test_a_model_config_that_asks_for_no_adapter(tmp_path: Path) -> None:
+    """A `LoraConfig` beside it does; and the trainer's model is as the script itself loads it."""
+    path = tmp_path / "train.py"
+    whole = MADE.replace("{more}", "").replace("use_peft=True, ", "").replace(", load_in_4bit=True", "")
+    path.write_text(whole)
+    record = imported(import_file(path))
+    assert "peft" not in record.config and "without use_peft" in row(record, "lora_r").why
+    path.write_text(whole.replace("get_peft_config(config)", "LoraConfig(r=2)"))
+    assert imported(import_file(path)).config["peft"]["r"] == 2
+    path.write_text(whole.replace("GRPOTrainer(config.model_name_or_path", f"GRPOTrainer({LOADED}"))
+    model = {"name_or_path": "org/m", "dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
+    assert imported(import_file(path)).config["model"] == model
+
+
+def test_a_deepspeed_file_of_any_name(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 0.3}')
+    one = source("trl", {**TRL, "deepspeed": "ds.json"}, {"num_processes": 2}, path=tmp_path / "grpo.yaml")
+    grpo = imported(trl.translate(one, None, None)).config["grpo"]
+    assert grpo["max_grad_norm"] == 0.3 and grpo["deepspeed"]["zero_optimization"] == {"stage": 2}
 
 
 GOING_ON = """# trl=={version}

@@ -242,6 +242,9 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
     assert one["eval"] == {"test": {"path": "a/test.parquet"}, "b_test": {"path": "b/test.parquet"}}
 
 
+LINEAR = {f"{ACTOR}optim.min_lr": 1e-7, f"{ACTOR}optim.lr_decay_style": "linear"}
+
+
 @pytest.mark.parametrize(
     ("values", "version", "key", "kind"),
     [
@@ -255,6 +258,7 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
         ({f"{FILTER}enable": True, "data.gen_batch_size": 1024}, "2025.3", "data.gen_batch_size", "changes"),
         ({f"{FILTER}enable": True, "data.gen_batch_size": 1024}, "2026.8", "data.gen_batch_size", "speed"),
         ({f"{ACTOR}optim.min_lr": 1e-7}, None, f"{ACTOR}optim.min_lr", "same"),
+        (LINEAR, None, f"{ACTOR}optim.min_lr", "changes"),
         ({f"{CORRECTION}rollout_rs_threshold_lower": 0.9}, None, f"{CORRECTION}rollout_rs_threshold_lower", "none"),
         ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "none"),
         ({f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "same"),
@@ -338,3 +342,13 @@ def test_a_copy_of_the_trainers_yaml(tmp_path: Path) -> None:
     outcome = import_file(file).finished()
     assert outcome.config["grpo"]["learning_rate"] == 1e-5 and outcome.numbers["P"] == 1024
     assert row(outcome, f"{ROLLOUT}prompt_length").value == 100
+
+
+@pytest.mark.parametrize("said", [f"{ACTOR}strategy=megatron", "--config-name=ppo_megatron_trainer"])
+def test_megatron_clips_by_its_own_key(tmp_path: Path, said: str) -> None:
+    """By the strategy of the actor, which verl's own configuration for Megatron sets too."""
+    values = {**BASE, f"{ACTOR}optim.clip_grad": 0.5}
+    words = " ".join([said, *(f"{key}={value}" for key, value in values.items())])
+    (tmp_path / "run.sh").write_text(f"python3 -m verl.trainer.main_ppo {words}\n")
+    outcome = import_file(tmp_path / "run.sh", version="2026.1").finished()
+    assert value_at(outcome.config, "grpo.max_grad_norm") == 0.5

@@ -180,6 +180,8 @@ def schedule(t: Translation, keys: Keys) -> None:
         t.converted(keys.schedule, values, "TRL's default falls to 0")
     else:
         t.changes(keys.schedule, values, f"{kind} is not read")
+    if kind == "linear" and least and floor == "min_lr":
+        t.changes(keys.least_rate, {}, f"the source falls to {least:g}, TRL's linear schedule to 0")
     unused(t, [keys.least_rate], "in the row of the schedule" if kind == "cosine" else f"without effect with {kind}")
 
 

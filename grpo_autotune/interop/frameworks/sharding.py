@@ -143,7 +143,7 @@ def apply_launch(to: Translation, *, adapter: bool) -> None:
     for key in [key for key in to.source.settings if key.startswith(LAUNCH)]:
         if key == f"{LAUNCH}mixed_precision":
             _precision(to, key)
-        elif key.endswith(("_tp_size", "_cp_size", "_sp_size")) and to.number(key, 1) > 1:
+        elif key.endswith(("_tp_size", "_cp_size", "_sp_size")) and (to.number(key) or 1) > 1:
             to.dropped(key, "processes that share a sequence or a layer: each one here has data of its own")
         else:
             to.speed(key, "how processes are started and share the work")

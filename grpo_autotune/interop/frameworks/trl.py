@@ -34,6 +34,7 @@ Rewards = Callable[[Translation], tuple[list[dict[str, Any]], str]]  # items of 
 
 MODEL = {"use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_task_type": "CAUSAL_LM"}
 """Defaults of `ModelConfig`, which a command line has, in all releases; a script has PEFT's."""
+MADE = [r"(.*\.)?(LoraConfig|get_peft_model)\b", r"ModelConfig\b"]  # calls of a script that say how it adapts
 PEFT = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
 NO_DEFAULT = object()
 BATCH = (
@@ -65,7 +66,7 @@ def translated(
     number, name, why = release
     said, over, unread = sharding.with_launch(trl_script.unified(source)), over or {}, unread or {}
     files = {key: str(said.settings[key].value) for key in ("deepspeed", "accelerate_config") if key in said.settings}
-    named = next((key for key, file in files.items() if "zero" in file), None)
+    named = next((key for key, file in files.items() if re.search(r"zero|^deepspeed .*\.json$", f"{key} {file}")), None)
     if named is not None:
         said = sharding.with_file(said, said.settings[named], sharding.PREFIX)
         if isinstance(_zero(files[named]), dict) and not any(key.startswith(sharding.PREFIX) for key in said.settings):
@@ -73,7 +74,8 @@ def translated(
             said = replace(said, warnings=(*said.warnings, guess))
     read = replace(said, settings={key: plain(key, one) for key, one in said.settings.items() if key not in unread})
     is_script = trl_script.is_script(source)
-    is_peft = is_script and "use_peft" not in read.settings  # a script without `ModelConfig`
+    makes = [pattern for pattern in MADE if any(re.match(pattern, key) for key in source.settings)]
+    is_peft = is_script and "use_peft" not in read.settings and makes != MADE[1:]  # a script without `ModelConfig`
     adapts = any(key.startswith("lora_") or key == "adapter" for key in read.settings)
     model = {**PEFT, "use_peft": adapts} if is_peft else MODEL
     weights = "auto" if is_script and number == (0, 26) else "float32"

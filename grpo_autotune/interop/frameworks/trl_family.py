@@ -108,7 +108,8 @@ def _of_r1_v(to: Translation) -> tuple[list[dict[str, Any]], str]:
 
 def _module(to: Translation, usual: str) -> str:
     """The program that a command starts, as a module."""
-    return f"open_r1.{re.sub(r'.*[/.](?=[^/.])', '', (to.source.program or usual).removesuffix('.py'))}"
+    name = re.sub(r".*[/.](?=[^/.])", "", (to.source.program or usual).removesuffix(".py"))
+    return f"open_r1.{name if name.isidentifier() else usual}"
 
 
 VLM_R1_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_prompt_length", "reward_weights",

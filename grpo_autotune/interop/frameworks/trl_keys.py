@@ -289,12 +289,16 @@ def _resize(to: Translation, key: str) -> None:
 
 def _sampling(to: Translation) -> Mapping[str, Any]:
     given = to.value("generation_kwargs")
-    return given if isinstance(given, dict) else {}
+    items = given.items() if isinstance(given, dict) else ()
+    spelled = {name: SPELLINGS.get(name, {}).get(str(value), value) for name, value in items}
+    return {name: value for name, value in spelled.items() if value is not None}
 
 
 def _generation(to: Translation, key: str) -> None:
     """Further keys of sampling: plain ones among them go to their own place, those that TRL sets are left out."""
-    given = _sampling(to)
+    setting, given = to.source.settings.get(key), _sampling(to)
+    if setting is not None and unknown(setting):
+        return to.dropped(key, RUNS)
     lost = [name for name, value in given.items() if name not in RANGES and (name in UNUSABLE or name in OF_TOKENIZER)]
     kept = {name: value for name, value in given.items() if name not in (*RANGES, *lost)}
     targets = {f"grpo.{name}": value for name, value in given.items() if name in RANGES}
@@ -302,7 +306,7 @@ def _generation(to: Translation, key: str) -> None:
     notes = [f"{name}: {UNUSABLE[name]}" for name in lost if name in UNUSABLE]
     if given.get("temperature", to.value("temperature")) != to.value("temperature"):
         notes.append("there the training pass does not divide by this temperature")
-    (to.changes if notes else to.converted)(key, targets, "; ".join(notes) or "the plain keys")
+    return (to.changes if notes else to.converted)(key, targets, "; ".join(notes) or "the plain keys")
 
 
 OF_TOKENIZER = ("pad_token_id", "eos_token_id", "bos_token_id")

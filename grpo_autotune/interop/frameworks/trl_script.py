@@ -6,6 +6,7 @@ import builtins
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def with_program(source: Source) -> Source:
 
 NOT_HANDED_ON = "the script does not hand it to the trainer"
 OF_MODEL = ("torch_dtype", "dtype", "attn_implementation", "model_revision", "trust_remote_code")
+LOADED = re.compile(r".*\.from_pretrained")
 OF_BITS = ("load_in_4bit", "load_in_8bit")
 
 
@@ -89,7 +91,10 @@ def unread(source: Source) -> dict[str, str]:
     given = source.settings
     bits = () if "GRPOTrainer.quantization_config" in given else OF_BITS
     is_read = "model_init_kwargs" in given or not any(key.startswith("ModelConfig.") for key in given)
-    return {} if is_read else dict.fromkeys((*OF_MODEL, *bits), NOT_HANDED_ON)
+    made = (key.rpartition(".") for key in takewhile(lambda key: not key.startswith("GRPOTrainer."), given))
+    loads = [name for call, _, name in made if LOADED.match(call) and not re.match(PROCESSOR, call)]
+    loaded = [NAMES[LOADED.pattern].get(name, name) for name in loads]
+    return {} if is_read else {name: NOT_HANDED_ON for name in (*OF_MODEL, *bits) if name not in loaded}
 
 
 def unified(source: Source) -> Source:

@@ -130,7 +130,8 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
     least = next(filter(t.given, LEAST_RATES), KEYS.least_rate)
     shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule), least_rate=least))
-    is_old = on(t.value(LEGACY)) and not shared.below(t, f"{ACTOR}megatron.")
+    is_megatron = t.value(f"{ACTOR}strategy") == "megatron" or shared.below(t, f"{ACTOR}megatron.")
+    is_old = on(t.value(LEGACY)) and not is_megatron
     clip, other = CLIPS if is_old else CLIPS[::-1]
     shared.renamed(t, {clip: "grpo.max_grad_norm"})
     unused(t, [other], f"verl reads {clip}")

@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading.files import text_of
-from grpo_autotune.interop.source import Setting
+from grpo_autotune.interop.reading.shell import shorter
+from grpo_autotune.interop.source import Setting, hidden
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
@@ -26,10 +28,12 @@ OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
 OF_PROCESSOR = ("chat_template", "max_pixels", "min_pixels")  # what a script sets on its tokenizer or processor
+KINDS: Mapping[str, Callable[..., Any]] = {"int": int, "float": float, "str": str}
 OF_OPTION = ("default", "action", "dest", "required")
 PARSED = re.compile(r"(.*\.)?(parse|get)_(known_)?(args|arguments)")  # calls that make the values of argparse
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
-MOST_LEFT_OUT = 20
+MOST_LEFT_OUT, MOST_SAID, LONGEST_TEXT = 20, 5, 100_000
+SETTING = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)
 WRONG = (TypeError, ValueError, KeyError, ArithmeticError)
 
 
@@ -69,10 +73,12 @@ def read(path: Path, environment: Mapping[str, str] | None = None) -> Script:
         script.warnings += [f"{cell + ', ' if cell else ''}lines {lines} are not read: no Python" for lines in left_out]
         if ast.get_docstring(tree) and script.docstring is None:
             script.docstring = range(tree.body[0].lineno, (tree.body[0].end_lineno or 1) + 1)
-        script.options |= dict(_options(tree))
+        script.options |= _options(tree)
         _Reader(script, cell, names, environment or {}).visit(tree)
     if script.usual:
-        values = ", ".join(f"{name} {value}" for name, value in script.usual.items())
+        said = [shorter(f"{name} {hidden(value, name)}") for name, value in script.usual.items()]
+        more = f" and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else ""
+        values = ", ".join(said[:MOST_SAID]) + more
         script.warnings.append(f"options of its command are taken at their defaults (--env NAME=VALUE): {values}")
     return script
 
@@ -114,18 +120,32 @@ def cells(path: Path, text: str) -> Iterator[tuple[str | None, str]]:
             )
 
 
-def _options(tree: ast.AST) -> Iterator[tuple[str, Any]]:
+def _options(tree: ast.AST) -> dict[str, Any]:
     """Options of argparse that a command may leave out, by the names of their values, with their defaults."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
-            with suppress(*WRONG):
-                flags = [str(ast.literal_eval(flag)) for flag in node.args]
-                given = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg in OF_OPTION}
-                if given.get("required") or not flags[0].startswith("-"):
-                    continue
-                name = next((flag for flag in flags if flag.startswith("--")), flags[0])
-                usual = {"store_true": False, "store_false": True}.get(given.get("action", ""))
-                yield given.get("dest") or name.lstrip("-").replace("-", "_"), given.get("default", usual)
+    options: dict[str, Any] = {}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    for node in calls:
+        with suppress(*WRONG):
+            options |= dict([_option(node)] if ast.unparse(node.func).endswith(".add_argument") else ())
+    for word in [word for node in calls if ast.unparse(node.func).endswith(".set_defaults") for word in node.keywords]:
+        for name in [word.arg] if word.arg else list(options):
+            options.pop(name, None)
+        with suppress(*WRONG):
+            options |= {word.arg: ast.literal_eval(word.value)} if word.arg else {}
+    return options
+
+
+def _option(node: ast.Call) -> tuple[str, Any]:
+    """An option's name and default; ValueError or the like where it has none that can be told."""
+    flags = [str(ast.literal_eval(flag)) for flag in node.args]
+    given = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg in OF_OPTION}
+    kind = next((ast.unparse(word.value) for word in node.keywords if word.arg == "type"), "str")
+    if given.get("required") or None in (word.arg for word in node.keywords) or not flags or flags[0][:1] != "-":
+        raise ValueError
+    name = next((flag for flag in flags if flag.startswith("--")), flags[0])
+    usual = given.get("default", {"store_true": False, "store_false": True}.get(given.get("action", "")))
+    value = KINDS[kind](usual) if isinstance(usual, str) else usual
+    return given.get("dest") or name.lstrip("-").replace("-", "_"), value
 
 
 class Unknown(str):
@@ -162,7 +182,23 @@ class _Reader(ast.NodeVisitor):
         ):
             self.visit(statement)
         if isinstance(test, Unknown):
-            self.forget(*(part for one in ast.walk(node) if isinstance(one, ast.Assign) for part in one.targets))
+            self.forget_set(node)
+
+    def forget_set(self, node: ast.AST) -> None:
+        """Names that a part of a script may or may not have set are not known from here on."""
+        for part in [part for part in ast.walk(node) if isinstance(part, SETTING)]:
+            self.forget(*getattr(part, "targets", ()), *filter(None, [getattr(part, "target", None)]))
+
+    def visit_Try(self, node: ast.AST) -> None:
+        self.generic_visit(node)
+        self.forget_set(node)
+
+    def visit_While(self, node: ast.AST) -> None:
+        self.forget_set(node)
+        self.visit_Try(node)
+
+    def visit_For(self, node: ast.For) -> None:
+        self.visit_While(node)
 
     def forget(self, *nodes: ast.AST) -> None:
         """Names and arguments of a tree are not known from here on."""
@@ -179,10 +215,6 @@ class _Reader(ast.NodeVisitor):
         self.forget(node.args)
         self.generic_visit(node)
         self.names = outer
-
-    def visit_For(self, node: ast.For) -> None:
-        self.forget(node.target)
-        self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
@@ -300,14 +332,28 @@ class _Reader(ast.NodeVisitor):
             return self.environment.get(str(given[0]), given[1] if len(given) > 1 else unknown)
         text = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else unknown
         if name.endswith(".replace") and isinstance(text, str) and not isinstance(text, Unknown):
-            return self.computed(text.replace, given, unknown)
-        return self.computed({"int": int, "float": float, "str": str}.get(name), given, unknown)
+            return self.computed(partial(_replaced, text), given, unknown)
+        return self.computed(KINDS.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
-        if function is not None and not any(isinstance(part, Unknown) for part in given):
+        length = sum(len(part) for part in given if isinstance(part, str | list))
+        if function is not None and length <= LONGEST_TEXT and not any(isinstance(part, Unknown) for part in given):
             with suppress(*WRONG):
-                return function(*given)
+                result = function(*given)
+                return result if isinstance(result, list) or not any(map(_is_open, given)) else unknown
         return unknown
+
+
+def _is_open(value: Any) -> bool:
+    """True if a value, or a part of it, is not known."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, Unknown) or any(map(_is_open, parts))
+
+
+def _replaced(text: str, old: str, new: str, *count: int) -> str:
+    if len(text) + text.count(old) * len(new) > LONGEST_TEXT:
+        raise ValueError
+    return text.replace(old, new, *count)
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,12 @@ from grpo_autotune.interop.source import Word
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
+PLACEHOLDER = re.compile(  # `--model <your model>`, outside of quotes, comments and here-documents
+    r"""\\[\s\S]|'[^']*'|"(?:\\[\s\S]|[^"\\])*"|(?<!\S)\#.*"""
+    r"""|(?<!<)<<-?[ \t]*['"\\]?(?P<end>[A-Za-z_]\w*).*\n(?:.*\n)*?(?:\t*(?P=end)$|.*\Z)"""
+    r"""|(?<=[\s=])(?P<name><[A-Za-z](?:[\w ./:-]*\w)?(?<![ ]\d)>)(?=\s)""",
+    re.MULTILINE,
+)
 LONGEST_VALUE, MOST_TURNS, MOST_STEPS, DEEPEST = 1_000_000, 100, 20_000, 20
 
 
@@ -46,7 +52,7 @@ class _Ended(Exception):
 
 def evaluate(text: str, environment: Mapping[str, str] | None = None) -> Shell:
     """The commands of a script; `environment` is what it is started with: variables, and its arguments by number."""
-    given = dict(environment or {})
+    text, given = with_names(text), dict(environment or {})
     last = max((int(key) for key in given if key.isdigit()), default=0)
     positional = [Field(given.pop(str(place), "")) for place in range(1, last + 1)]
     evaluation = _Evaluation(text, Variables({"HOME": "~", "PWD": ".", **given}, positional))
@@ -55,6 +61,11 @@ def evaluate(text: str, environment: Mapping[str, str] | None = None) -> Shell:
         evaluation.run(evaluation.tree)
     evaluation.result.warnings[:0] = cut_commands(text, evaluation.tree)
     return evaluation.result
+
+
+def with_names(text: str) -> str:
+    """The script with placeholders in quotes: `<your model>` is no redirection."""
+    return PLACEHOLDER.sub(lambda match: f"'{match['name']}'" if match["name"] else match[0], text)
 
 
 class _Evaluation:
@@ -118,7 +129,7 @@ class _Evaluation:
         if texts[0] in BUILTINS:
             return BUILTINS[texts[0]](self, node, words[1:])
         if (script := _inner_script(texts)) and self.depth < DEEPEST:
-            inner = _Evaluation(script, self.variables, self.expand.line(node.start_byte))
+            inner = _Evaluation(with_names(script), self.variables, self.expand.line(node.start_byte))
             inner.result, inner.exported, inner.depth = self.result, self.exported, self.depth + 1
             return inner.run(inner.tree)
         values = {key: self.variables.text(key) for key in self.exported}
