@@ -72,7 +72,7 @@ FORMS: dict[str, tuple[str, str | bytes]] = {
     "quotes": ("table", re.sub(r"[^,\r\n]+", r'"\g<0>"', TABLE)),
     "thousands": ("run.log", "\n".join(re.sub(r"num_tokens:\d+", "num_tokens:25,600", line) for line in CONSOLE)),
     "UTF-16": ("run.log", "\n".join(CONSOLE).encode("utf-16")),
-    "gzip": ("run.log.gz", gzip.compress("\r\n".join(CONSOLE).encode())),
+    "gzip": ("run.log.gz", gzip.compress("\r\n".join(CONSOLE).encode(), mtime=0)),
 }  # fmt: skip
 
 
