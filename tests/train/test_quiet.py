@@ -46,7 +46,7 @@ def test_a_run_in_4_bits_on_a_cpu_is_told_once_that_its_kernel_is_missing(
     monkeypatch.setattr(load, "create_model_from_path", lambda source, **options: model)
     values = {"model": {"name_or_path": "m", "load_in_4bit": four_bit}, "peft": {}, "data": {"path": "d"}}
     config = RunConfig.from_dict({**values, "rewards": [{"name": "format"}]})
-    monkeypatch.setattr(load, "_four_bit", lambda config: None)
+    monkeypatch.setattr(load, "_four_bit", lambda *how: None)
     drop_log_lines()
     with caplog.at_level(logging.WARNING, logger=CPU_4BIT):
         logging.getLogger(CPU_4BIT).warning("%s: no module named kernels", LOG_LINES[CPU_4BIT])
