@@ -1,5 +1,6 @@
 """Preparations before torch, transformers and TRL are imported."""
 
+import importlib
 import os
 from contextlib import suppress
 
@@ -24,7 +25,9 @@ def set_environment() -> None:
 
 
 def mend_torchvision() -> None:
-    """Make torchvision importable beside a torch it was not built for, and say so once per environment."""
+    """Make torchvision importable beside a torch it was not built for, and say so once per environment; have PEFT log
+    nothing that no run needs."""
     finding = ensure_torchvision()
+    importlib.import_module("grpo_autotune.train")  # which drops the line that `import peft` logs
     if finding is not None:
         tell_once(finding, say)

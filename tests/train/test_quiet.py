@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,19 @@ def test_the_line_of_bitsandbytes_is_the_one_that_it_writes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     source = (Path(bitsandbytes.__file__).parent / "backends" / "cpu" / "ops.py").read_text(encoding="utf-8")
     assert LOG_LINES["bitsandbytes.backends.cpu.ops"] in source
+
+
+BEFORE_PEFT = """
+import logging, sys
+from grpo_autotune.commands.imports import mend_torchvision
+mend_torchvision()
+assert "peft" not in sys.modules and logging.getLogger("bitsandbytes.backends.cpu.ops").filters
+"""
+
+
+@pytest.mark.slow
+def test_a_command_drops_them_before_peft_is_imported() -> None:
+    assert subprocess.run([sys.executable, "-c", BEFORE_PEFT], check=False).returncode == 0
 
 
 def test_importing_train_drops_them() -> None:
