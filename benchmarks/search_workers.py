@@ -3,9 +3,9 @@
     python -m benchmarks.search_workers [FOLDER] [SEARCHES]
 
 Each of so many searches, with a seed of its own, runs twice: by one worker on one core, and by two workers on a core
-each. Trials per minute are those of the search's
-middle (from the first trial after the probe to the last one before what runs alone), by the times at which the trials'
-files were written. `FOLDER` keeps the searches: one that is there is not run again.
+each. Trials per minute are those of the search's middle (from the first trial after the probe to the last one before
+what runs alone), by the times at which the trials' files were written; and those without each worker's first trial, in
+which its process starts. `FOLDER` keeps the searches: one that is there is not run again.
 """
 
 from __future__ import annotations
@@ -43,11 +43,14 @@ def main() -> None:
     rows = [_searched(folder, seed, way) for seed in range(count) for way in WAYS]
     by = {(row["seed"], row["way"]): row for row in rows}
     pairs = [(by[seed, "one worker"], by[seed, "two workers"]) for seed in range(count)]
+
+    def over(rate: str) -> dict[str, float]:
+        return ratio([two[rate] / one[rate] for one, two in pairs])
+
     same = [one["winner"] == two["winner"] for one, two in pairs]
     ratios = {
-        "trials per minute of two workers over one": ratio(
-            [two["trials_per_minute"] / one["trials_per_minute"] for one, two in pairs]
-        ),
+        "trials per minute of two workers over one": over("trials_per_minute"),
+        "trials per minute of two workers over one, once they have begun": over("begun_trials_per_minute"),
         "same winner": {"median": sum(same) / count, "low": min(same), "high": max(same), "n": count},
     }
     path = write("search_workers", f"python -m benchmarks.search_workers {folder} {count}", rows, ratios)
@@ -68,19 +71,23 @@ def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
             check=True, stdout=sys.stderr, preexec_fn=lambda: os.sched_setaffinity(0, first),
         )  # fmt: skip
     report = load_search(place.path)
-    trials, minutes = _middle(place, report)
+    (trials, minutes), (later, later_minutes) = (_middle(place, report, begun) for begun in (False, True))
     best = {"speedup": report.best.speedup, "ci": report.best.ci, "raced": report.best.raced}
     return {
         "seed": seed, "way": way, "trials": len(trials), "minutes": minutes,
-        "trials_per_minute": len(trials) / minutes, "winner": report.best.changed, **best,
+        "trials_per_minute": len(trials) / minutes, "begun_trials_per_minute": len(later) / later_minutes,
+        "winner": report.best.changed, **best,
         "own_step_s": report.baseline.step_s, "elapsed_s": report.elapsed_s, "others": _others(report),
         "notes": [note for note in report.notes if note.startswith("Worker")],
     }  # fmt: skip
 
 
-def _middle(place: SearchFolder, report: SearchReport) -> tuple[list[TrialRow], float]:
-    """The trials that workers share, and the minutes from the first one's order to the last one's outcome."""
+def _middle(place: SearchFolder, report: SearchReport, begun: bool) -> tuple[list[TrialRow], float]:
+    """The trials that workers share, `begun` without the first of each, and the minutes from the first order to the last
+    outcome."""
     trials = [row for row in report.trials if row.source in MIDDLE and row.purpose == "timed"]
+    firsts = {row.place: row.number for row in reversed(trials)}
+    trials = [row for row in trials if not begun or row.number != firsts[row.place]]
     begun = min((place.trial(row.number) / "spec.json").stat().st_mtime for row in trials)
     ended = max((place.trial(row.number) / "outcome.json").stat().st_mtime for row in trials)
     return trials, (ended - begun) / 60.0
