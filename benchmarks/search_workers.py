@@ -83,7 +83,7 @@ def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
 
 
 def _middle(place: SearchFolder, report: SearchReport, begun: bool) -> tuple[list[TrialRow], float]:
-    """The trials that workers share, `begun` without the first of each, and the minutes from the first order to the last
+    """The trials that workers share, `begun` without the first of each, and minutes from the first order to the last
     outcome."""
     trials = [row for row in report.trials if row.source in MIDDLE and row.purpose == "timed"]
     firsts = {row.place: row.number for row in reversed(trials)}
