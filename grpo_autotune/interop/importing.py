@@ -81,6 +81,7 @@ CALLS = re.compile(  # calls of a script that say something about its training
     r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
+OF_SERVER = ("multi_turn_scheduler",)  # what swift's command for a server says of the training
 LONGEST_SCRIPT = 2_000_000
 MOST_NAMED = 5
 
@@ -194,7 +195,10 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
         raise ConfigError(UNREAD[name], where=f"{path.name}, line {line}", fix=which)
     if len(same) > 1:
         script.warnings.append(f"line {line} trains {len(same)} times; the first is read")
-    return _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)
+    source = _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)
+    served = [options(one.arguments)[0] for one in launches if one.program == "swift rollout"]
+    turns = {key: given[key] for given in served for key in OF_SERVER if key in given}
+    return replace(source, settings={**turns, **source.settings})
 
 
 def started(launch: Launch) -> str | None:

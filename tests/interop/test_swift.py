@@ -372,3 +372,10 @@ def test_json_is_read_like_yaml(tmp_path) -> None:
     keys = {**NEEDED, "ENV": {"MAX_PIXELS": 1000}, "per_device_train_batch_size": 8, "columns": {"q": "query"}}
     result = imported(tmp_path, json.dumps(keys), "run.json")
     assert result.config["data"]["max_pixels"] == 1000 and result.config["data"]["columns"] == {"prompt": "q"}
+
+
+def test_several_turns_that_the_servers_command_asks_for_are_refused(tmp_path) -> None:
+    serve = "swift rollout --model org/Model --multi_turn_scheduler tree_scheduler --max_turns 6"
+    (tmp_path / "run.sh").write_text(f"{serve} &\n{command()}")
+    with pytest.raises(ConfigError, match=r"run.sh, line 1: multi_turn_scheduler: rollouts of several turns"):
+        import_file(tmp_path / "run.sh").finished()
