@@ -82,12 +82,12 @@ def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _middle(place: SearchFolder, report: SearchReport, begun: bool) -> tuple[list[TrialRow], float]:
-    """The trials that workers share, `begun` without the first of each, and minutes from the first order to the last
+def _middle(place: SearchFolder, report: SearchReport, without_first: bool) -> tuple[list[TrialRow], float]:
+    """The trials that workers share, `without_first` of each worker, and minutes from the first order to the last
     outcome."""
     trials = [row for row in report.trials if row.source in MIDDLE and row.purpose == "timed"]
     firsts = {row.place: row.number for row in reversed(trials)}
-    trials = [row for row in trials if not begun or row.number != firsts[row.place]]
+    trials = [row for row in trials if not without_first or row.number != firsts[row.place]]
     begun = min((place.trial(row.number) / "spec.json").stat().st_mtime for row in trials)
     ended = max((place.trial(row.number) / "outcome.json").stat().st_mtime for row in trials)
     return trials, (ended - begun) / 60.0
