@@ -1,7 +1,8 @@
 """FSDP2 (torch's `fully_shard`, by accelerate) under TRL: its units, and what the libraries leave undone there.
 
-- TRL's loss takes the weight of the output layer without calling the layer. Where accelerate makes that layer a unit of
-  its own (models with images whose embeddings are not tied), its gradient is wrong, so that it may not be trained.
+- TRL's loss takes the weight of the output layer without calling the layer. Where no other layer of its unit gathers it
+  (accelerate finds no last norm in models with images, whose embeddings may be untied), its gradient is wrong, so that
+  it may not be trained.
 - TRL shards the reference model as one unit, so that each forward holds all its weights at once; and where only the
   first rank has read them (`cpu_ram_efficient_loading`), the others' parts are left as they came from memory.
 """
@@ -34,11 +35,11 @@ def whole(tensor: Any) -> Any:
 
 def check_output_layer(model: Any) -> None:
     """ConfigError for a sharded `model` whose output layer is a unit of its own, and trained."""
-    base = base_of(model)
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    if hasattr(head, "unshard") and head.weight.requires_grad and not tied:
-        what = "the output layer, whose weight is not the embeddings', would get wrong gradients from TRL's loss"
+    head = base_of(model).get_output_embeddings()
+    if not hasattr(head, "unshard") or not head.weight.requires_grad:
+        return
+    if sum(unit._get_fsdp_state() is head._get_fsdp_state() for unit in units(model)) == 1:
+        what = "the output layer, which no other layer gathers, would get wrong gradients from TRL's loss"
         fix = "Train an adapter (a peft section), or share the model by grpo.deepspeed: zero3."
         raise ConfigError(what, where="grpo.fsdp_config", fix=fix)
 

@@ -60,17 +60,18 @@ def two_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_an_output_layer_of_its_own_may_not_be_trained(two_ranks: None, trained: bool) -> None:
-    """TRL's loss takes its weight past the layer: weights ended 8e-4 apart from plain DDP's after three steps."""
+@pytest.mark.parametrize(("trained", "alone"), [(True, True), (False, True), (True, False)])
+def test_an_output_layer_of_its_own_may_not_be_trained(two_ranks: None, trained: bool, alone: bool) -> None:
+    """TRL's loss takes its weight past the layer: weights ended 8e-4 apart from plain DDP's after three steps, and as
+    DDP's where a norm is in its unit."""
     parts = model("DecoderLayer")
     parts.get_input_embeddings, parts.get_output_embeddings = lambda: parts[0], lambda: parts[2]
     parts[2].requires_grad_(trained)
     mesh = dist.init_device_mesh("cpu", (2,))
-    for layer in parts:
-        fully_shard(layer, mesh=mesh)
+    for unit in parts if alone else (parts[0], list(parts[1:])):
+        fully_shard(unit, mesh=mesh)
     fully_shard(parts, mesh=mesh)
-    if trained:
+    if trained and alone:
         with pytest.raises(ConfigError, match="would get wrong gradients"):
             check_output_layer(parts)
     else:

@@ -50,7 +50,7 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 
 HALF_GROUPS = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4}
 CASES: dict[str, dict[str, Any]] = {
-    "text": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.05, "gradient_checkpointing": True}},
+    "text": {"kind": "llama", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.05, "gradient_checkpointing": True}},
     "text alive": {"kind": "qwen3", "lora": True, "grpo": {"per_device_train_batch_size": 4, "num_generations": 4}},
     "images": {"kind": "qwen3_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.0}, "dead": True},
     "images, tower trained": {"kind": "qwen3_vl", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}},

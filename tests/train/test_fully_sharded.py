@@ -74,13 +74,15 @@ def agree(folder: Path, names: Sequence[str], steps: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes(tiny: Tiny, tmp_path: Path) -> None:
-    """A full fine-tune with images that one rank reads, LoRA offloaded, and LoRA on 4 bits: as plain DDP has them."""
+    """Full fine-tunes with images that one rank reads and of an untied model, LoRA offloaded, and LoRA on 4 bits: as
+    plain DDP has them."""
     packed = {"model": {"load_in_4bit": True, "dtype": "float32"}}
     configs: dict[str, tuple[RunConfig, dict[str, Any]]] = {
         "whole": (
             picture_config(tiny("qwen3_vl"), tmp_path, {"peft": None}, **SGD),
             {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
         ),
+        "untied": (text_config(tiny("llama"), tmp_path, {"peft": None}, **SGD), {"reshard_after_forward": True}),
         "lora": (text_config(tiny("llama"), tmp_path, **SGD), {"cpu_offload": True}),
         "packed": (text_config(tiny("qwen3"), tmp_path, packed, **SGD), {"cpu_ram_efficient_loading": True}),
     }
