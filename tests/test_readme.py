@@ -103,6 +103,24 @@ def test_memory_of_a_shared_pass_and_kernels_of_a_token() -> None:
     assert f"starts {kernels['now, merged']} kernels with LoRA merged, against {kernels['before']} (" in page
 
 
+def test_two_workers_of_a_search() -> None:
+    ratios = json.loads((ROOT / "docs/benchmarks/search_workers.json").read_text())["ratios"]
+    name = "trials per minute of two workers over one"
+    words = "{median:.2f}x ({low:.2f} to {high:.2f})"
+    begun, all_in = (words.format(**ratios[key]) for key in (f"{name}, once they have begun", name))
+    same, page = ratios["same winner"], (ROOT / "docs/benchmarks/README.md").read_text()
+    assert f"{begun} without each worker's first trial" in page and f"{all_in} with it" in page
+    assert f"the same for {round(same['median'] * same['n'])} of {same['n']} seeds" in page
+
+
+def test_weights_under_sharding() -> None:
+    rows = json.loads((ROOT / "docs/benchmarks/exact.json").read_text())["rows"]
+    apart = {row["weights"]: row["sharding"] for row in rows if row["part"] == "sharded" and row["equal_rewards"]}
+    assert {*apart.values()} == {"zero2", "zero3", "fsdp2"}
+    assert f"weights at most {max(apart):.1e} apart".replace("e-0", "e-") in (ROOT / "docs/scale.md").read_text()
+    assert max(apart) < 2e-6 and "weights after five steps to 2e-6" in (ROOT / "README.md").read_text()
+
+
 def test_cost_of_a_probe() -> None:
     found = json.loads((ROOT / "docs/benchmarks/overhead.json").read_text())
     ratio = found["ratios"]["step_with_probe_over_without"]
