@@ -10,6 +10,7 @@ from typing import Any
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.commands.page import PrintableReport, load_run
 from grpo_autotune.commands.probe import probe_config
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError, NothingSucceeded
@@ -126,6 +127,7 @@ def _probed(config: RunConfig, output: AbstractContextManager[None], *, with_eva
     return folder
 
 
+@of_other_processes()
 def basis_of_run(source: Path) -> Basis:
     """The basis that a stored run is: a probe, a training run, a script's run, or a search's folder; an error where it
     does not tell enough."""

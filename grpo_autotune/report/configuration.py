@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import with_knobs
@@ -21,6 +22,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
     return [without_secrets(inner, key) for inner in value] if isinstance(value, list) else shown
 
 
+@of_other_processes()
 def settings(values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     """Key paths and values of a stored configuration, first those that are `set`, then each `default`."""
     values = without_secrets(values)
@@ -48,6 +50,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
             yield f"{above}{key}", value
 
 
+@of_other_processes()
 def tuned_diff(values: Mapping[str, Any], knobs: Mapping[str, Any]) -> list[str]:
     """The configuration with these knobs as a unified diff against that without; empty where a key is not known."""
     try:

@@ -239,6 +239,12 @@ def test_no_keys_no_homes_no_passwords() -> None:
     assert datum("s3://AKIAABCDEFGHIJKL:word@host/x?token=abcdefgh&b=1") == "s3://host/x?token=(a key)&b=1"
 
 
+def test_settings_of_a_run_of_several_processes_are_told_by_one() -> None:
+    values = {**DEMO["config"], "grpo": {"per_device_train_batch_size": 4, "num_generations": 8}}
+    assert ("grpo.num_generations", 8, "") not in setting_rows(values)
+    assert "-  num_generations: 8" in tuned_diff(values, {"grpo.num_generations": 16})
+
+
 def test_secrets_below_a_key_are_neither_shown_nor_compared_and_numbers_are() -> None:
     judge = {"name": "judge", "params": {"api_key": "plainsecret", "headers": {"Authorization": "Bearer plainsecret"}}}
     config = {"rewards": [judge], "grpo": {"push_to_hub_token": "plainsecret"}, "vllm": {"max_num_batched_tokens": 77}}
