@@ -24,7 +24,7 @@ from grpo_autotune.errors import EnvironmentProblem
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next, take_off
-from grpo_autotune.seams.ranks import syncs_each_pass
+from grpo_autotune.seams.ranks import sharded, syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -113,7 +113,7 @@ class StepCheck(Installed):
                         one.fall_back(reason)
                     parts = self._on()
         except torch.OutOfMemoryError:
-            if trainer.is_fsdp_enabled:  # other ranks may wait in the middle of the pass
+            if sharded(trainer):  # other ranks may wait in the middle of the pass
                 raise
             for one in parts if why else ():
                 one.fall_back(str(why))
