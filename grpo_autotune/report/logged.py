@@ -33,7 +33,7 @@ def read_log(path: Path, numbers: Mapping[str, float] | None = None) -> LogRepor
     step_s = (statistics.median if times.counted == "rollout" else statistics.fmean)(seconds)
     stages = _stages(times, step_s)
     facts: dict[str, LoggedFact] = {}
-    told = list(log.values) if times.whole.startswith("train_runtime") else steps  # its row has no means of the others
+    told = list(log.values) if times.of_all else steps
     for name, keys in FACTS.items():
         for key, value in [*_means(log, told, keys)][:1]:
             facts[name] = LoggedFact(value=value, key=key)

@@ -97,6 +97,7 @@ class Timed:
     whole: str  # where its seconds come from
     seconds: dict[int, float]
     parts: dict[int, list[Part]] = field(default_factory=dict)
+    of_all: bool = False  # the one number is the mean of all steps, whose rows have the rest
 
 
 def timed(log: LoggedSteps) -> Timed:
@@ -173,4 +174,5 @@ def _of_trl(log: LoggedSteps, keys: set[str]) -> Timed | None:
     step, spent = next(iter(_of(log, "train_runtime").items()), (0, 0.0))
     rate = log.values[step].get("train_steps_per_second", 0.0) if step else 0.0
     steps = step if abs(spent * rate - step) <= 1.0 + 0.0005 * spent else round(spent * rate)
-    return Timed("TRL", "optimizer step", f"train_runtime / {steps} steps", {step: spent / steps}) if steps else None
+    whole = f"train_runtime / {steps} steps"
+    return Timed("TRL", "optimizer step", whole, {step: spent / steps}, of_all=True) if steps else None
