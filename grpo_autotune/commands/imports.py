@@ -1,6 +1,5 @@
 """Preparations before torch, transformers and TRL are imported."""
 
-import importlib
 import os
 from contextlib import suppress
 
@@ -28,6 +27,8 @@ def mend_torchvision() -> None:
     """Make torchvision importable beside a torch it was not built for, and say so once per environment; have PEFT log
     nothing that no run needs."""
     finding = ensure_torchvision()
-    importlib.import_module("grpo_autotune.train")  # which drops the line that `import peft` logs
+    from grpo_autotune.train.runs.quiet import drop_log_lines  # a package that needs torchvision
+
+    drop_log_lines()
     if finding is not None:
         tell_once(finding, say)
