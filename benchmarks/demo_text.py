@@ -21,11 +21,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import binomtest, sem, t
+from scipy.stats import binomtest
 
 from benchmarks.result import CONFIDENCE, FOLDER, write
 from examples.arithmetic import additions
 from examples.smollm2 import ROOT, model_folder
+from grpo_autotune.records.evaluations import half_interval
 
 CONFIG = "examples/arithmetic.yaml"
 METRIC = "eval_rewards/numeric_match/mean"
@@ -88,7 +89,7 @@ def _accuracy(step: int, share: float, count: int) -> dict[str, float]:
 def _mean(values: list[float]) -> dict[str, float]:
     """Mean with Student's 95 % interval; of one value without."""
     mean, n = fmean(values), len(values)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * sem(values)) if n > 1 else 0.0
+    half = half_interval(values, CONFIDENCE) if n > 1 else 0.0
     return {"median": mean, "low": mean - half, "high": mean + half, "n": n}
 
 

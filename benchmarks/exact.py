@@ -28,7 +28,6 @@ import argparse
 import itertools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from typing import Any
 
 from benchmarks.result import FOLDER, write
 from grpo_autotune.commands.imports import mend_torchvision
+from grpo_autotune.processes.fresh import free_port
 
 mend_torchvision()
 
@@ -230,9 +230,7 @@ def sharded(models: Models, options: argparse.Namespace) -> Iterator[dict[str, A
 
 def on_two_processes(*words: str) -> str:
     """What `torchrun -m WORDS` on two gloo processes writes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     return subprocess.run(
         [sys.executable, *launch, "-m", *words],

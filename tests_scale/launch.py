@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from grpo_autotune.processes.fresh import free_port
+
 ROOT = Path(__file__).parents[1]
-
-
-def free_port() -> str:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def launch(
@@ -25,7 +19,7 @@ def launch(
     """`torchrun -m WORDS` (a module and its arguments) on so many processes over gloo, with DeepSpeed's accelerator for
     CPUs; their output as text. `env` is added to this process's environment."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    return started([*command, "--master_port", free_port(), "-m", *words], env=env, cwd=cwd)
+    return started([*command, "--master_port", str(free_port()), "-m", *words], env=env, cwd=cwd)
 
 
 def started(

@@ -7,7 +7,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import optuna
 import pytest
 from optuna.storages import RDBStorage
 
+from grpo_autotune.processes.fresh import free_port
 from grpo_autotune.search.storage import shared_storage
 
 ROOT = Path(__file__).parents[2]
@@ -36,12 +36,6 @@ def binaries() -> Path | None:
         return found[-1].parent
     on_path = shutil.which("postgres")
     return Path(on_path).resolve().parent if on_path and shutil.which("initdb") else None
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from grpo_autotune.processes.fresh import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,9 +21,7 @@ SHARED = ("whole groups", "a group over both")
 def test_two_processes(tiny, tmp_path):
     models = tiny("qwen3").parent
     assert tiny("qwen3_vl").parent == tiny("llama").parent == models
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [*launch, "-m", "tests.support.pairs_ranks", str(models), str(tmp_path)],

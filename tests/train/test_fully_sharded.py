@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from grpo_autotune.cli.main import main
 from grpo_autotune.config.schema import RunConfig
+from grpo_autotune.processes.fresh import free_port
 from tests.support.training import log_lines, picture_config, text_config
 
 Tiny = Callable[[str], Path]
@@ -29,9 +29,7 @@ SAME = 2e-6
 
 
 def launch(*pairs: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--master_port", str(port)]
     return subprocess.run(

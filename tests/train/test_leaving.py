@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from grpo_autotune.processes.fresh import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,9 +42,7 @@ dist.destroy_process_group()
 def test_two_processes_begin_anew_together(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK, encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, str(script)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},

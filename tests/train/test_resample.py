@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from grpo_autotune.processes.fresh import free_port
 from grpo_autotune.train.trainer import run_training
 from tests.support.resample_ranks import GROUP
 from tests.support.training import log_lines, picture_config, text_config
@@ -138,9 +138,7 @@ def test_two_processes_move_whole_rows_and_go_on_after_a_stop(
     config = text_config(model, tmp_path, changes, **sizes)
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [*launch, "-m", "tests.support.resample_ranks", str(path), str(tmp_path / "whole"), str(tmp_path / "cut")],

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.cli.main import main
+from grpo_autotune.processes.fresh import free_port
 from grpo_autotune.runs.checkpoints import survey
 from tests.support.training import log_lines, text_config
 
@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def torchrun(config: Path, *folders: str, call: int, signum: int) -> subprocess.CompletedProcess[str]:
     """Train on two processes; the second gets a signal while it computes its `call`-th reward."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     kill = {"KILL_AT_CALL": str(call), "KILL_SIGNAL": str(int(signum)), "KILL_RANK": "1"}
     return subprocess.run(
