@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.speedups.test_step_check import FAILING, WRONG
+from tests.support.wrong_speedups import FAILING, WRONG
 from tests_scale.launch import launch
 
 EXACT = 1e-5

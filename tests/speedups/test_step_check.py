@@ -14,8 +14,6 @@ from torch import nn
 
 from grpo_autotune.hardware import versions
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.seams.layers import INNER
-from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import foreign_code
 from grpo_autotune.speedups.install import speed_up
@@ -23,53 +21,9 @@ from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.step_check import State, StepCheck
 from tests.support.pairs import gap, weights_of
 from tests.support.trainers import GRPOTrainer, make_trainer
+from tests.support.wrong_speedups import FAILING, WRONG
 
 BATCH = {"num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
-WRONG, FAILING = f"{__name__}:Wrong", f"{__name__}:Failing"
-
-
-class Wrong:
-    """A speed-up that is one part in a hundred off, and checks nothing itself."""
-
-    name, summary, stands_for = WRONG, "is off", ()
-
-    def applies(self, trainer):
-        return None
-
-    def install(self, trainer):
-        installed = Installed(self.name)
-
-        def loss(call_next, *args, **kwargs):
-            return call_next(*args, **kwargs) * (1.0 if installed.fell_back else 1.01)
-
-        installed.handles += wrap_rows(trainer, [(find("loss"), loss)], INNER)
-        return installed
-
-
-class Failing(Wrong):
-    """A speed-up whose backward pass ends with an error, near its end."""
-
-    name = FAILING
-
-    def install(self, trainer):
-        installed = Installed(self.name)
-
-        def fails(gradient):
-            if not installed.fell_back:
-                raise ValueError("no gradient")
-
-        def seen(module, inputs, hidden):
-            if hidden.requires_grad:
-                hidden.register_hook(fails)
-
-        layers = next(one for name, one in trainer.model.named_modules() if name.endswith("layers.0"))
-        handle = layers.register_forward_hook(lambda module, inputs, hidden: seen(module, inputs, first(hidden)))
-        installed.handles.append(handle)
-        return installed
-
-
-def first(hidden):
-    return hidden[0] if isinstance(hidden, tuple) else hidden
 
 
 class Theirs(GRPOTrainer):
@@ -109,6 +63,13 @@ def test_what_is_wrong_in_a_micro_step_is_taken_off_by_name_and_the_rest_stays(
     assert gap(mine, plain) < 1e-6 and trainer._step == plain_trainer._step
     for mine_line, line in zip(trainer.state.log_history[:-1], plain_trainer.state.log_history[:-1], strict=True):
         assert mine_line["entropy"] == pytest.approx(line["entropy"]) and mine_line["reward"] == line["reward"]
+
+
+def test_what_ends_with_an_error_is_taken_off_by_name(tiny, tmp_path, text_rows):
+    plain, _, _ = train(tiny, tmp_path, text_rows, "none")
+    mine, table, _ = train(tiny, tmp_path, text_rows, [FAILING, "shared_prefix"], check="always")
+    assert {name for name, row in table.items() if not row.on} == {FAILING} and "no gradient" in table[FAILING].reason
+    assert gap(mine, plain) < 1e-6
 
 
 def test_speed_ups_that_are_right_stay_on(tiny, tmp_path, text_rows):

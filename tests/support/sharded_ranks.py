@@ -24,11 +24,11 @@ from grpo_autotune.seams import fully_sharded
 from grpo_autotune.seams.mixed_image_rows import mend
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.install import speed_up
-from tests.speedups.test_step_check import FAILING, WRONG
 from tests.support.exactness import apart, asked
 from tests.support.fsdp_cpu import allow, whole
 from tests.support.pairs import rewards_of
 from tests.support.trainers import make_trainer, spread_reward
+from tests.support.wrong_speedups import FAILING, WRONG
 
 PATIENCE = 60
 """Seconds."""
@@ -81,7 +81,7 @@ def rows_of(kind: str, *, mixed: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-class _Mend(TrainerCallback):
+class _Check(TrainerCallback):
     """What the package's own trainer does once the model is sharded."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ def train(model: Path, case: dict[str, Any], out: Path, sharding: str, names: st
         )  # fmt: skip
     if trainer.is_fsdp_enabled:
         fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
-        trainer.add_callback(_Mend())
+        trainer.add_callback(_Check())
     mend(trainer)
     speedups = speed_up(trainer, asked(names), check="auto" if names == "none" else "always")
     trainer.train()
