@@ -25,7 +25,7 @@ WORDS = (
 def found(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, of all combinations in one launch."""
     models, out = tiny("qwen3").parent, tmp_path_factory.mktemp("sharded")
-    assert {tiny(kind).parent for kind in ("qwen3_vl", "qwen3")} == {models}
+    assert {tiny(kind).parent for kind in ("qwen3_vl", "llama")} == {models}
     done = launch("tests.support.sharded_ranks", str(models), str(out), "2", *WORDS)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
