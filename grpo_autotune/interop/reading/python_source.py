@@ -16,8 +16,7 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading.files import text_of
-from grpo_autotune.interop.reading.shell import shorter
-from grpo_autotune.interop.source import Setting, hidden
+from grpo_autotune.interop.source import Setting, hidden, shorter
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
