@@ -140,6 +140,20 @@ def test_arguments_of_an_object_and_a_chat_template(tmp_path: Path) -> None:
     assert script.called("chat_template")[0].arguments == {"chat_template": Setting("acm", 5, text="text")}
 
 
+def test_an_attribute_that_may_have_been_set_is_not_known(tmp_path: Path) -> None:
+    """Of the object of a call, of argparse's and of a parameter with its name; the object itself is still known."""
+    head = "cfg = GRPOConfig(beta=0.0, top_k=5)\nargs = p.parse_args()\np.add_argument('--lr', default=1)\n"
+    body = "if f():\n    cfg.beta, args.lr = 0.5, 9\ncfg.seed = 1\nG(cfg.beta, args.lr, cfg.top_k, cfg.seed)\n"
+    main = "def main(args):\n    if f():\n        args.lr = 9\n    G(args.lr)\n    args.lr = None\n    G(args.lr)\n"
+    (tmp_path / "train.py").write_text(head + body + main)
+    for given, lr in (({}, "args.lr"), ({"lr": "3"}, 3)):
+        script = python_source.read(tmp_path / "train.py", given)
+        values = [[s.value for s in call.arguments.values()] for call in script.called("G")]
+        assert values == [["cfg.beta", lr, 5, 1], [lr], [None]] and not script.usual
+        beta = script.called("GRPOConfig")[0].arguments["beta"]
+        assert beta.value == beta.text == "cfg.beta"
+
+
 def test_a_notebook_by_cells(tmp_path: Path) -> None:
     sources = [
         ["%%bash\n", "pip install nothing\n"],

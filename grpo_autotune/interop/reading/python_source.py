@@ -200,18 +200,29 @@ class _Reader(ast.NodeVisitor):
         self.visit_While(node)
 
     def forget(self, *nodes: ast.AST) -> None:
-        """Names and arguments of a tree are not known from here on."""
-        parts = [part for node in nodes for part in ast.walk(node)]
-        names = [
-            part.id if isinstance(part, ast.Name) else part.arg
-            for part in parts
-            if isinstance(part, ast.Name | ast.arg)
-        ]
-        self.names |= {name: Unknown(name) for name in names}
+        """Names, attributes and arguments of trees are not known from here on; the object of an attribute still is."""
+        for node in nodes:
+            name = node.arg if isinstance(node, ast.arg) else ast.unparse(node)
+            if not isinstance(node, ast.Name | ast.arg | ast.Attribute):
+                self.forget(*ast.iter_child_nodes(node))
+            elif not self.keep(node, Setting(name, node.lineno, self.cell, name)):
+                self.names[name] = Unknown(name)
+
+    def keep(self, target: ast.AST, setting: Setting) -> bool:
+        """True where an attribute is a setting: of a processor, or one more argument of the call that made it."""
+        name = ast.unparse(target)
+        call = self.names.get(name.partition(".")[0])
+        if not isinstance(target, ast.Attribute):
+            return False
+        if target.attr in OF_PROCESSOR:
+            self.script.calls.append(Call(target.attr, {target.attr: setting}, target.lineno))
+        elif isinstance(call, Call):
+            call.arguments[target.attr] = setting
+        return target.attr in OF_PROCESSOR or isinstance(call, Call)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer, self.names = self.names, dict(self.names)
-        self.forget(node.args)
+        self.forget(*[part for part in ast.walk(node.args) if isinstance(part, ast.arg)])
         self.generic_visit(node)
         self.names = outer
 
@@ -219,22 +230,19 @@ class _Reader(ast.NodeVisitor):
         self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
-        """A name for a value or a call; an attribute of a call's result is one more argument."""
+        """A name for a value or a call."""
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             for one, its_value in zip(target.elts, value.elts, strict=True):
                 self.assign(one, its_value)
             return
         name = ast.unparse(target)
-        call = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
-        elif isinstance(target, ast.Attribute) and target.attr in OF_PROCESSOR:
-            self.script.calls.append(Call(target.attr, {target.attr: self.setting(value)}, value.lineno))
+        elif self.keep(target, self.setting(value)):
+            return
         elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
             self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
-        elif isinstance(target, ast.Attribute) and isinstance(call, Call):
-            call.arguments[target.attr] = self.setting(value)
         else:
             made = [call for call in self.script.calls if isinstance(value, ast.Call) and call.line == value.lineno]
             known = self.value(value)
@@ -307,15 +315,15 @@ class _Reader(ast.NodeVisitor):
     def attribute(self, node: ast.Attribute, unknown: Unknown) -> Any:
         """An argument of the call that made an object; of argparse's, what is given for it, else its default."""
         base = ast.unparse(node.value)
-        made = self.names.get(base)
-        if isinstance(made, Call) and (setting := made.arguments.get(node.attr)) is not None:
-            return unknown if setting.text == setting.value else setting.value
+        made, value = self.names.get(base), self.names.get(unknown, unknown)
         is_parsed = base == "args" or (isinstance(made, Call) and PARSED.fullmatch(made.name))
-        if not is_parsed or node.attr not in self.script.options:
+        if isinstance(made, Call) and (setting := made.arguments.get(node.attr)) is not None:
+            value = unknown if setting.text == setting.value else setting.value
+        elif not is_parsed or (unknown not in self.names and node.attr not in self.script.options):
             return unknown
-        if node.attr in self.environment:
-            return self.given(node.attr, unknown)
-        return self.script.usual.setdefault(node.attr, self.script.options[node.attr])
+        elif unknown not in self.names and node.attr not in self.environment:
+            return self.script.usual.setdefault(node.attr, self.script.options[node.attr])
+        return self.given(node.attr, unknown) if is_parsed and isinstance(value, Call | Unknown) else value
 
     def given(self, name: str, unknown: Unknown) -> Any:
         text = self.environment.get(name)
