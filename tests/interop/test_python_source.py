@@ -154,6 +154,20 @@ def test_an_attribute_that_may_have_been_set_is_not_known(tmp_path: Path) -> Non
         assert beta.value == beta.text == "cfg.beta"
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("if t.chat_template is None:\n    t.chat_template = 'b'\n", ["a", "b", "t.chat_template"]),
+        ("class Rows:\n    def __init__(self, chat_template):\n        self.chat_template = chat_template\n", ["a"]),
+    ],
+)
+def test_a_chat_template_that_counts(tmp_path: Path, text: str, values: list[str]) -> None:
+    """The last of them: inside of a condition only a run can tell, and a class has its own."""
+    (tmp_path / "train.py").write_text(f"t.chat_template = 'a'\n{text}")
+    calls = python_source.read(tmp_path / "train.py").called("chat_template")
+    assert [call.arguments["chat_template"].value for call in calls] == values
+
+
 def test_a_notebook_by_cells(tmp_path: Path) -> None:
     sources = [
         ["%%bash\n", "pip install nothing\n"],

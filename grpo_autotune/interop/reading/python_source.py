@@ -212,13 +212,12 @@ class _Reader(ast.NodeVisitor):
         """True where an attribute is a setting: of a processor, or one more argument of the call that made it."""
         name = ast.unparse(target)
         call = self.names.get(name.partition(".")[0])
-        if not isinstance(target, ast.Attribute):
-            return False
-        if target.attr in OF_PROCESSOR:
+        if isinstance(target, ast.Attribute) and target.attr in OF_PROCESSOR and not name.startswith("self."):
             self.script.calls.append(Call(target.attr, {target.attr: setting}, target.lineno))
-        elif isinstance(call, Call):
+            return True
+        if is_argument := isinstance(target, ast.Attribute) and isinstance(call, Call):
             call.arguments[target.attr] = setting
-        return target.attr in OF_PROCESSOR or isinstance(call, Call)
+        return is_argument
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer, self.names = self.names, dict(self.names)
