@@ -231,8 +231,13 @@ def test_defaults_are_said_shortly_and_without_secrets(tmp_path: Path) -> None:
     assert "wandb_key ***, name_0 local-abc" in warning and warning.endswith(" and 5 more") and len(warning) <= 400
 
 
-def test_a_text_that_grows_without_end_is_not_known(tmp_path: Path) -> None:
-    lines = ["x = y = 'aaaaaaaaaa'", *["x = x.replace('a', 'aaaaaaaaaa')", "y = y + y"] * 20, "GRPOConfig(x=x, y=y)"]
-    (tmp_path / "train.py").write_text("\n".join(lines))
-    arguments = python_source.read(tmp_path / "train.py").called("GRPOConfig")[0].arguments
-    assert {name: setting.value for name, setting in arguments.items()} == {"x": "x", "y": "y"}
+def test_a_value_that_grows_without_end_is_not_known(tmp_path: Path) -> None:
+    grows = ["x = x.replace('a', 'aaaaaaaaaa')", "y = y + y", "n = n * n", "b = b + b"]
+    wide = ["'%700000000d' % 1", "'%(a)s%0700000000d' % 1", "'%*d' % (700000000, 1)", "b'%700000000d' % 1"]
+    first = "x = y = 'aaaaaaaaaa'\nn, b, m = 3, b'a', [1]\n"
+    last = f"G(x, y, n, b, {', '.join(wide)})\nG(m, 'run-%d' % 4, 7 * 7 % 10)"
+    (tmp_path / "train.py").write_text("\n".join([first, *grows * 60, *["m = [m, m]"] * 60, last]))
+    one, other = python_source.read(tmp_path / "train.py").called("G")
+    assert all(setting.value == setting.text and len(setting.text) < 30 for setting in one.arguments.values())
+    nested, *values = [setting.value for setting in other.arguments.values()]
+    assert len(str(nested)) < 1_000_000 and values == ["run-4", 9]

@@ -21,7 +21,7 @@ from grpo_autotune.interop.source import Setting, hidden, shorter
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: +left * +right,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: lambda left, right: _remainder(left, right),
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda one, many: one in many,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
@@ -271,8 +271,12 @@ class _Reader(ast.NodeVisitor):
         return Setting(_plain(self.value(node)), node.lineno, self.cell, written)
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
+        """The value of an expression; `Unknown` where it, or in a list a part of it, is not known or too long."""
         unknown = Unknown(ast.unparse(node))
+        value = self.evaluated(node, unknown)
+        return value if _size(value) <= LONGEST_TEXT else unknown
+
+    def evaluated(self, node: ast.expr, unknown: Unknown) -> Any:
         if isinstance(node, ast.Name):
             value = self.names.get(node.id, unknown)
             return self.given(node.id, unknown) if isinstance(value, Call | Unknown) else value
@@ -342,12 +346,28 @@ class _Reader(ast.NodeVisitor):
         return self.computed(KINDS.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
-        length = sum(len(part) for part in given if isinstance(part, str | list))
-        if function is not None and length <= LONGEST_TEXT and not any(isinstance(part, Unknown) for part in given):
+        is_open = _size(given) > LONGEST_TEXT or any(isinstance(part, Unknown) for part in given)
+        if function is not None and not is_open:
             with suppress(*WRONG):
                 result = function(*given)
                 return result if isinstance(result, list) or not any(map(_is_open, given)) else unknown
         return unknown
+
+
+def _size(value: Any) -> int:
+    """Characters that a value takes, about; an integer counts triple, so that a product of two can be written."""
+    if isinstance(value, list | dict):
+        return len(value) + sum(map(_size, [*value, *(value.values() if isinstance(value, dict) else ())]))
+    return len(value) if isinstance(value, str | bytes) else value.bit_length() * 10 if isinstance(value, int) else 1
+
+
+def _remainder(left: Any, right: Any) -> Any:
+    """`left % right`; ValueError or the like for a text that would be too long, and for bytes."""
+    if isinstance(left, str | bytes):
+        widths = sum(map(int, re.findall(r"\d+", left)))
+        if "*" in left or widths + left.count("%") * _size(right) > LONGEST_TEXT:
+            raise ValueError
+    return left % right
 
 
 def _is_open(value: Any) -> bool:
