@@ -168,6 +168,13 @@ def test_a_chat_template_that_counts(tmp_path: Path, text: str, values: list[str
     assert [call.arguments["chat_template"].value for call in calls] == values
 
 
+@pytest.mark.parametrize("text", ["d[0, 1] = 2", "d[f()] = 2", "d = os.getenv(key='X')", "d = str(b'x', 'nope')"])
+def test_a_key_and_arguments_that_nobody_can_use(tmp_path: Path, text: str) -> None:
+    (tmp_path / "train.py").write_text(f"d = {{}}\n{text}\nGRPOConfig(x=d)\n")
+    (call,) = python_source.read(tmp_path / "train.py").called("GRPOConfig")
+    assert call.arguments["x"].value == "d"
+
+
 def test_a_notebook_by_cells(tmp_path: Path) -> None:
     sources = [
         ["%%bash\n", "pip install nothing\n"],

@@ -33,7 +33,7 @@ PARSED = re.compile(r"(.*\.)?(parse|get)_(known_)?(args|arguments)")  # calls th
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
 MOST_LEFT_OUT, MOST_SAID, LONGEST_TEXT = 20, 5, 100_000
 SETTING = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)
-WRONG = (TypeError, ValueError, KeyError, ArithmeticError)
+WRONG = (TypeError, ValueError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,9 @@ class _Reader(ast.NodeVisitor):
         elif self.keep(target, self.setting(value)):
             return
         elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
-            self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
+            key, whole = self.value(target.slice), ast.unparse(target.value)
+            is_key = not isinstance(key, Unknown | list | dict)
+            self.names[whole] = held | {key: self.value(value)} if is_key else Unknown(whole)
         else:
             made = [call for call in self.script.calls if isinstance(value, ast.Call) and call.line == value.lineno]
             known = self.value(value)
@@ -338,7 +340,7 @@ class _Reader(ast.NodeVisitor):
         name, given = ast.unparse(node.func), [self.value(argument) for argument in node.args]
         if name == "dict" and not given:
             return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
-        if name in ("os.environ.get", "os.getenv"):
+        if name in ("os.environ.get", "os.getenv") and given:
             return self.environment.get(str(given[0]), given[1] if len(given) > 1 else unknown)
         text = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else unknown
         if name.endswith(".replace") and isinstance(text, str) and not isinstance(text, Unknown):
