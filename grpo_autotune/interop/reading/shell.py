@@ -20,7 +20,7 @@ NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
 PLACEHOLDER = re.compile(  # `--model <your model>`, outside of quotes, comments and here-documents
-    r"""\\[\s\S]|'[^']*'|"(?:\\[\s\S]|[^"\\])*"|(?<!\S)\#.*"""
+    r"""\$?\(\((?:[^()]|\([^()]*\))*\)\)|\\[\s\S]|'[^']*'|"(?:\\[\s\S]|[^"\\])*"|(?<!\S)\#.*"""
     r"""|(?<!<)<<-?[ \t]*['"\\]?(?P<end>[A-Za-z_]\w*).*\n(?:.*\n)*?(?:\t*(?P=end)$|.*\Z)"""
     r"""|(?<=[\s=])(?P<name><[A-Za-z](?:[\w ./:-]*\w)?(?<![ ]\d)>)(?=\s)""",
     re.MULTILINE,
