@@ -68,6 +68,9 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (  # framework, program, start
     ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
+SERVERS: Final[Mapping[str, tuple[str, Sequence[str]]]] = {  # framework -> its server, and what that says of a training
+    "ms-swift": ("swift rollout", ("multi_turn_scheduler", "use_gym_env", "gym_env")),
+}
 UNREAD: Final = {
     "openrlhf": "a run of OpenRLHF, which is not read yet",
     "nemo-rl": "a run of NeMo-RL, which is not read yet",
@@ -81,7 +84,6 @@ CALLS = re.compile(  # calls of a script that say something about its training
     r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
-OF_SERVER = ("multi_turn_scheduler",)  # what swift's command for a server says of the training
 LONGEST_SCRIPT = 2_000_000
 MOST_NAMED = 5
 
@@ -196,9 +198,10 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
     if len(same) > 1:
         script.warnings.append(f"line {line} trains {len(same)} times; the first is read")
     source = _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)
-    served = [options(one.arguments)[0] for one in launches if one.program == "swift rollout"]
-    turns = {key: given[key] for given in served for key in OF_SERVER if key in given}
-    return replace(source, settings={**turns, **source.settings})
+    server, keys = SERVERS.get(name, ("", ()))
+    served = [options(one.arguments)[0] for one in launches if one.program == server]
+    said = {key: given[key] for given in served for key in keys if key in given}
+    return replace(source, settings={**said, **source.settings})
 
 
 def started(launch: Launch) -> str | None:
