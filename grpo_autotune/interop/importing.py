@@ -29,7 +29,12 @@ NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")  # frameworks whos
 OPENED: Final[Mapping[str, Sequence[str] | None]] = {  # framework -> mappings that hold settings of its own; None: all
     **dict.fromkeys(NESTED), "ms-swift": ("train", "rollout", "teacher", "ENV", "model_kwargs"),
 }  # fmt: skip
-SHIPPED = re.compile(r"(\./)?(config/)?ppo_(megatron_)?trainer\.yaml")  # in verl itself, with its defaults
+SHIPPED: Final[Mapping[str, Mapping[str, Mapping[str, str]]]] = {  # framework -> its own file -> what it sets anew
+    "verl": {
+        r"(\./)?(config/)?ppo_trainer\.yaml": {},
+        r"(\./)?(config/)?ppo_megatron_trainer\.yaml": {"actor_rollout_ref.actor.strategy": "megatron"},
+    },
+}
 KEYS: Final[Mapping[str, Sequence[str]]] = {  # framework -> beginnings of keys that it has, all of them; the first wins
     "easyr1": (r"worker\.(actor|rollout)\.", r"(data|algorithm|trainer)\."),
     "verl": (r"actor_rollout_ref\.",),
@@ -219,10 +224,7 @@ def _of_launch(
     warnings = list(script.warnings)
     if file := _config_of(framework, settings, given, first):
         base = _named(path, file, framework, script)
-        is_shipped = framework == "verl" and SHIPPED.fullmatch(file)
-        if base is None and is_shipped and "megatron" in file:
-            base = {"actor_rollout_ref.actor.strategy": Setting("megatron", file=file)}
-        if base is None and not is_shipped:
+        if base is None:
             warnings.append(f"{file} is not beside this file: what it sets is not read")
         settings = (base or {}) | settings
     for name, line in {name: word.line for word in launch.arguments for name in word.missing}.items():
@@ -249,12 +251,14 @@ def _config_of(
 
 
 def _named(path: Path, file: str, framework: str, script: Shell) -> dict[str, Setting] | None:
-    """Settings of a file that a command names, a here-document of the script first; None where it is not at hand."""
+    """Settings of a file that a command names: a here-document of the script first, then the file, then one that the
+    framework has; None where it is not at hand."""
     name = Path(file).name
     text = next((text for place, text in script.files.items() if Path(place).name == name), None)
     place = path if text is not None else beside(path, file)
     if place is None:
-        return None
+        own = (given for pattern, given in SHIPPED.get(framework, {}).items() if re.fullmatch(pattern, file))
+        return next(({key: Setting(value, file=file) for key, value in given.items()} for given in own), None)
     settings = yaml_settings(text_of(place) if text is None else text, name, OPENED.get(framework, ()))
     settings = with_defaults(settings, place)
     return {key: replace(setting, file=setting.file or name) for key, setting in settings.items()}
