@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.frameworks import swift_keys
 from grpo_autotune.interop.reading import python_source
 from grpo_autotune.interop.reading.arguments import Launch, launched, options, overrides
 from grpo_autotune.interop.reading.files import beside, resolved, text_of, with_defaults, yaml_settings
@@ -27,7 +28,7 @@ MODULES: Final = {  # framework -> its module, where that has another name
 }  # fmt: skip
 NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")  # frameworks whose keys lie inside each other
 OPENED: Final[Mapping[str, Sequence[str] | None]] = {  # framework -> mappings that hold settings of its own; None: all
-    **dict.fromkeys(NESTED), "ms-swift": ("train", "rollout", "teacher", "ENV", "model_kwargs"),
+    **dict.fromkeys(NESTED), "ms-swift": (*swift_keys.GROUPS, *swift_keys.VARIABLES),
 }  # fmt: skip
 SHIPPED: Final[Mapping[str, Mapping[str, Mapping[str, str]]]] = {  # framework -> its own file -> what it sets anew
     "verl": {
@@ -85,7 +86,7 @@ UNREAD: Final = {
 }
 CALLS = re.compile(  # calls of a script that say something about its training
     r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|ModelConfig|load_dataset|SamplingParams"
-    r"|get_peft_model|resize)|chat_template|m(ax|in)_pixels"
+    rf"|get_peft_model|resize)|{'|'.join(python_source.OF_PROCESSOR)}"
     r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
@@ -257,8 +258,8 @@ def _named(path: Path, file: str, framework: str, script: Shell) -> dict[str, Se
     text = next((text for place, text in script.files.items() if Path(place).name == name), None)
     place = path if text is not None else beside(path, file)
     if place is None:
-        own = (given for pattern, given in SHIPPED.get(framework, {}).items() if re.fullmatch(pattern, file))
-        return next(({key: Setting(value, file=file) for key, value in given.items()} for given in own), None)
+        shipped = (given for pattern, given in SHIPPED.get(framework, {}).items() if re.fullmatch(pattern, file))
+        return next(({key: Setting(value, file=file) for key, value in given.items()} for given in shipped), None)
     settings = yaml_settings(text_of(place) if text is None else text, name, OPENED.get(framework, ()))
     settings = with_defaults(settings, place)
     return {key: replace(setting, file=setting.file or name) for key, setting in settings.items()}
