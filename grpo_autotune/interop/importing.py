@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from grpo_autotune.errors import ConfigError
+from grpo_autotune.interop.frameworks import swift_keys
 from grpo_autotune.interop.reading import python_source
 from grpo_autotune.interop.reading.arguments import Launch, launched, options, overrides
 from grpo_autotune.interop.reading.files import beside, resolved, text_of, with_defaults, yaml_settings
@@ -27,9 +28,14 @@ MODULES: Final = {  # framework -> its module, where that has another name
 }  # fmt: skip
 NESTED: Final = ("verl", "easyr1", "deepspeed", "accelerate")  # frameworks whose keys lie inside each other
 OPENED: Final[Mapping[str, Sequence[str] | None]] = {  # framework -> mappings that hold settings of its own; None: all
-    **dict.fromkeys(NESTED), "ms-swift": ("train", "rollout", "teacher", "ENV", "model_kwargs"),
+    **dict.fromkeys(NESTED), "ms-swift": (*swift_keys.GROUPS, *swift_keys.VARIABLES),
 }  # fmt: skip
-SHIPPED = re.compile(r"(\./)?(config/)?ppo_(megatron_)?trainer\.yaml")  # in verl itself, with its defaults
+SHIPPED: Final[Mapping[str, Mapping[str, Mapping[str, str]]]] = {  # framework -> its own file -> what it sets anew
+    "verl": {
+        r"(\./)?(config/)?ppo_trainer\.yaml": {},
+        r"(\./)?(config/)?ppo_megatron_trainer\.yaml": {"actor_rollout_ref.actor.strategy": "megatron"},
+    },
+}
 KEYS: Final[Mapping[str, Sequence[str]]] = {  # framework -> beginnings of keys that it has, all of them; the first wins
     "easyr1": (r"worker\.(actor|rollout)\.", r"(data|algorithm|trainer)\."),
     "verl": (r"actor_rollout_ref\.",),
@@ -68,6 +74,9 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (  # framework, program, start
     ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
+SERVERS: Final[Mapping[str, tuple[str, Sequence[str]]]] = {  # framework -> its server, and what that says of a training
+    "ms-swift": ("swift rollout", ("multi_turn_scheduler", "use_gym_env", "gym_env")),
+}
 UNREAD: Final = {
     "openrlhf": "a run of OpenRLHF, which is not read yet",
     "nemo-rl": "a run of NeMo-RL, which is not read yet",
@@ -77,11 +86,10 @@ UNREAD: Final = {
 }
 CALLS = re.compile(  # calls of a script that say something about its training
     r"(.*\.)?(GRPOConfig|GRPOTrainer|LoraConfig|BitsAndBytesConfig|ModelConfig|load_dataset|SamplingParams"
-    r"|get_peft_model|resize)|chat_template|m(ax|in)_pixels"
+    rf"|get_peft_model|resize)|{'|'.join(python_source.OF_PROCESSOR)}"
     r"|(\w*Fast\w+|AutoModel\w*|\w+Processor|PeftModel|\w+For(CausalLM|ConditionalGeneration|ImageTextToText))\.from_pretrained"
 )
 PASSED_ON = ("model", "args", "processing_class", "tokenizer", "train_dataset", "0")  # made by other calls
-OF_SERVER = ("multi_turn_scheduler",)  # what swift's command for a server says of the training
 LONGEST_SCRIPT = 2_000_000
 MOST_NAMED = 5
 
@@ -196,9 +204,10 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
     if len(same) > 1:
         script.warnings.append(f"line {line} trains {len(same)} times; the first is read")
     source = _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)
-    served = [options(one.arguments)[0] for one in launches if one.program == "swift rollout"]
-    turns = {key: given[key] for given in served for key in OF_SERVER if key in given}
-    return replace(source, settings={**turns, **source.settings})
+    server, keys = SERVERS.get(name, ("", ()))
+    served = [options(one.arguments)[0] for one in launches if one.program == server]
+    said = {key: given[key] for given in served for key in keys if key in given}
+    return replace(source, settings={**said, **source.settings})
 
 
 def started(launch: Launch) -> str | None:
@@ -216,10 +225,7 @@ def _of_launch(
     warnings = list(script.warnings)
     if file := _config_of(framework, settings, given, first):
         base = _named(path, file, framework, script)
-        is_shipped = framework == "verl" and SHIPPED.fullmatch(file)
-        if base is None and is_shipped and "megatron" in file:
-            base = {"actor_rollout_ref.actor.strategy": Setting("megatron", file=file)}
-        if base is None and not is_shipped:
+        if base is None:
             warnings.append(f"{file} is not beside this file: what it sets is not read")
         settings = (base or {}) | settings
     for name, line in {name: word.line for word in launch.arguments for name in word.missing}.items():
@@ -246,12 +252,14 @@ def _config_of(
 
 
 def _named(path: Path, file: str, framework: str, script: Shell) -> dict[str, Setting] | None:
-    """Settings of a file that a command names, a here-document of the script first; None where it is not at hand."""
+    """Settings of a file that a command names: a here-document of the script first, then the file, then one that the
+    framework has; None where it is not at hand."""
     name = Path(file).name
     text = next((text for place, text in script.files.items() if Path(place).name == name), None)
     place = path if text is not None else beside(path, file)
     if place is None:
-        return None
+        shipped = (given for pattern, given in SHIPPED.get(framework, {}).items() if re.fullmatch(pattern, file))
+        return next(({key: Setting(value, file=file) for key, value in given.items()} for given in shipped), None)
     settings = yaml_settings(text_of(place) if text is None else text, name, OPENED.get(framework, ()))
     settings = with_defaults(settings, place)
     return {key: replace(setting, file=setting.file or name) for key, setting in settings.items()}

@@ -95,3 +95,9 @@ def hidden_text(text: str, keep_hex: bool = False) -> str:
     """The text with `***` for each secret in it that its form or the word before it gives away."""
     text = TEXT.sub(lambda match: f"{match['before'] or match['named'] or ''}{HIDDEN}", text)
     return text if keep_hex else HEX.sub(HIDDEN, text)
+
+
+def shorter(text: str, most: int = 60) -> str:
+    """The text on one line, for a warning."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."

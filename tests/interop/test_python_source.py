@@ -140,6 +140,41 @@ def test_arguments_of_an_object_and_a_chat_template(tmp_path: Path) -> None:
     assert script.called("chat_template")[0].arguments == {"chat_template": Setting("acm", 5, text="text")}
 
 
+def test_an_attribute_that_may_have_been_set_is_not_known(tmp_path: Path) -> None:
+    """Of the object of a call, of argparse's and of a parameter with its name; the object itself is still known."""
+    head = "cfg = GRPOConfig(beta=0.0, top_k=5)\nargs = p.parse_args()\np.add_argument('--lr', default=1)\n"
+    body = "if f():\n    cfg.beta, args.lr = 0.5, 9\ncfg.seed = 1\nG(cfg.beta, args.lr, cfg.top_k, cfg.seed)\n"
+    main = "def main(args):\n    if f():\n        args.lr = 9\n    G(args.lr)\n    args.lr = None\n    G(args.lr)\n"
+    (tmp_path / "train.py").write_text(head + body + main)
+    for given, lr in (({}, "args.lr"), ({"lr": "3"}, 3)):
+        script = python_source.read(tmp_path / "train.py", given)
+        values = [[s.value for s in call.arguments.values()] for call in script.called("G")]
+        assert values == [["cfg.beta", lr, 5, 1], [lr], [None]] and not script.usual
+        beta = script.called("GRPOConfig")[0].arguments["beta"]
+        assert beta.value == beta.text == "cfg.beta"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("if t.chat_template is None:\n    t.chat_template = 'b'\n", ["a", "b", "t.chat_template"]),
+        ("class Rows:\n    def __init__(self, chat_template):\n        self.chat_template = chat_template\n", ["a"]),
+    ],
+)
+def test_a_chat_template_that_counts(tmp_path: Path, text: str, values: list[str]) -> None:
+    """The last of them: inside of a condition only a run can tell, and a class has its own."""
+    (tmp_path / "train.py").write_text(f"t.chat_template = 'a'\n{text}")
+    calls = python_source.read(tmp_path / "train.py").called("chat_template")
+    assert [call.arguments["chat_template"].value for call in calls] == values
+
+
+@pytest.mark.parametrize("text", ["d[0, 1] = 2", "d[f()] = 2", "d = os.getenv(key='X')", "d = str(b'x', 'nope')"])
+def test_a_key_and_arguments_that_nobody_can_use(tmp_path: Path, text: str) -> None:
+    (tmp_path / "train.py").write_text(f"d = {{}}\n{text}\nGRPOConfig(x=d)\n")
+    (call,) = python_source.read(tmp_path / "train.py").called("GRPOConfig")
+    assert call.arguments["x"].value == "d"
+
+
 def test_a_notebook_by_cells(tmp_path: Path) -> None:
     sources = [
         ["%%bash\n", "pip install nothing\n"],
@@ -203,8 +238,13 @@ def test_defaults_are_said_shortly_and_without_secrets(tmp_path: Path) -> None:
     assert "wandb_key ***, name_0 local-abc" in warning and warning.endswith(" and 5 more") and len(warning) <= 400
 
 
-def test_a_text_that_grows_without_end_is_not_known(tmp_path: Path) -> None:
-    lines = ["x = y = 'aaaaaaaaaa'", *["x = x.replace('a', 'aaaaaaaaaa')", "y = y + y"] * 20, "GRPOConfig(x=x, y=y)"]
-    (tmp_path / "train.py").write_text("\n".join(lines))
-    arguments = python_source.read(tmp_path / "train.py").called("GRPOConfig")[0].arguments
-    assert {name: setting.value for name, setting in arguments.items()} == {"x": "x", "y": "y"}
+def test_a_value_that_grows_without_end_is_not_known(tmp_path: Path) -> None:
+    grows = ["x = x.replace('a', 'aaaaaaaaaa')", "y = y + y", "n = n * n", "b = b + b"]
+    wide = ["'%700000000d' % 1", "'%(a)s%0700000000d' % 1", "'%*d' % (700000000, 1)", "b'%700000000d' % 1"]
+    first = "x = y = 'aaaaaaaaaa'\nn, b, m = 3, b'a', [1]\n"
+    last = f"G(x, y, n, b, {', '.join(wide)})\nG(m, 'run-%d' % 4, 7 * 7 % 10)"
+    (tmp_path / "train.py").write_text("\n".join([first, *grows * 60, *["m = [m, m]"] * 60, last]))
+    one, other = python_source.read(tmp_path / "train.py").called("G")
+    assert all(setting.value == setting.text and len(setting.text) < 30 for setting in one.arguments.values())
+    nested, *values = [setting.value for setting in other.arguments.values()]
+    assert len(str(nested)) < 1_000_000 and values == ["run-4", 9]

@@ -241,6 +241,7 @@ EOF
 trl grpo --model_name_or_path <your model> --config c.yaml --run_name 'in <think> and <answer> tags' \\
     --other "in <think> tags" --output_dir <out/dir> --beta 1 <in.txt 2> err.log
 """
+SHIFTED = "N=3\nB=$((1 << N))\n((B = (B << N) * 2))\ntrl grpo --model_name_or_path <your model> --seed $B\n"
 
 
 def test_a_placeholder_is_a_word_and_quotes_stay_as_they_are(tmp_path: Path) -> None:
@@ -249,3 +250,5 @@ def test_a_placeholder_is_a_word_and_quotes_stay_as_they_are(tmp_path: Path) -> 
         "model_name_or_path": "<your model>", "config": "c.yaml", "run_name": "in <think> and <answer> tags",
         "other": "in <think> tags", "output_dir": "<out/dir>", "beta": 1, "system_prompt": "First <think> then answer",
     }  # fmt: skip
+    shifted = source(tmp_path, "run.sh", SHIFTED).settings
+    assert (shifted["model_name_or_path"].value, shifted["seed"].value) == ("<your model>", 8)

@@ -374,8 +374,8 @@ def test_json_is_read_like_yaml(tmp_path) -> None:
     assert result.config["data"]["max_pixels"] == 1000 and result.config["data"]["columns"] == {"prompt": "q"}
 
 
-def test_several_turns_that_the_servers_command_asks_for_are_refused(tmp_path) -> None:
-    serve = "swift rollout --model org/Model --multi_turn_scheduler tree_scheduler --max_turns 6"
-    (tmp_path / "run.sh").write_text(f"{serve} &\n{command()}")
-    with pytest.raises(ConfigError, match=r"run.sh, line 1: multi_turn_scheduler: rollouts of several turns"):
+@pytest.mark.parametrize("key", ("multi_turn_scheduler", "use_gym_env", "gym_env"))
+def test_what_the_servers_command_asks_for_is_refused(tmp_path, key) -> None:
+    (tmp_path / "run.sh").write_text(f"swift rollout --model org/Model --{key} true --max_turns 6 &\n{command()}")
+    with pytest.raises(ConfigError, match=rf"run.sh, line 1: {key}: (rollouts of several turns|rewards of an env)"):
         import_file(tmp_path / "run.sh").finished()

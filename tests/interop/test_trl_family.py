@@ -239,6 +239,7 @@ def test_further_keys_of_sampling_win_over_the_plain_ones() -> None:
     assert record.config["grpo"]["temperature"] == 0.3 and "generation_kwargs" not in record.config["grpo"]
     assert "max_new_tokens: Use" in row(record, "generation_kwargs").why
     assert row(record, "generation_kwargs").kind == "changes" and row(record, "temperature").to == {}
+    assert row(of_trl({"generation_kwargs": "top_k=5"}), "generation_kwargs").kind == "none"
 
 
 @pytest.mark.parametrize(("bf16", "dtype", "kind"), [(False, "float32", "changes"), (None, "float32", "same"),
@@ -589,6 +590,13 @@ def test_a_program_with_a_model_config(tmp_path: Path) -> None:
     assert imported(import_file(path)).config["model"]["dtype"] == "bfloat16"
     path.write_text(MADE.replace("{more}", ", generation_kwargs=make()"))
     assert row(imported(import_file(path)), "generation_kwargs").why == trl_keys.RUNS
+    further = "{'temperature': own.t, 'typical_p': own.p, 'cache_implementation': 'static', 'top_k': 5}"
+    path.write_text(MADE.replace("{more}", f", generation_kwargs={further}"))
+    record = imported(import_file(path))
+    assert row(record, "generation_kwargs").why.startswith(f"temperature, typical_p: {trl_keys.RUNS}")
+    assert row(record, "generation_kwargs").to == {
+        "grpo.top_k": 5, "grpo.generation_kwargs": {"cache_implementation": "static"},
+    }  # fmt: skip
 
 
 LOADED = (

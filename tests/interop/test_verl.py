@@ -242,7 +242,14 @@ def test_several_files_are_a_mixture_with_its_own_held_out_rows() -> None:
     assert one["eval"] == {"test": {"path": "a/test.parquet"}, "b_test": {"path": "b/test.parquet"}}
 
 
+FLOORS = {
+    f"{ACTOR}optim.min_lr_ratio": 0.1, f"{ACTOR}optim.min_lr": 0.0, f"{ACTOR}optim.lr_scheduler_type": "cosine"
+}  # fmt: skip
 LINEAR = {f"{ACTOR}optim.min_lr": 1e-7, f"{ACTOR}optim.lr_decay_style": "linear"}
+
+
+def test_a_floor_of_the_rate_beside_one_that_is_zero() -> None:
+    assert value_at(imported(FLOORS).config, "grpo.lr_scheduler_kwargs") == {"min_lr_rate": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -259,6 +266,7 @@ LINEAR = {f"{ACTOR}optim.min_lr": 1e-7, f"{ACTOR}optim.lr_decay_style": "linear"
         ({f"{FILTER}enable": True, "data.gen_batch_size": 1024}, "2026.8", "data.gen_batch_size", "speed"),
         ({f"{ACTOR}optim.min_lr": 1e-7}, None, f"{ACTOR}optim.min_lr", "same"),
         (LINEAR, None, f"{ACTOR}optim.min_lr", "changes"),
+        (FLOORS, None, f"{ACTOR}optim.min_lr", "same"),
         ({f"{CORRECTION}rollout_rs_threshold_lower": 0.9}, None, f"{CORRECTION}rollout_rs_threshold_lower", "none"),
         ({f"{MODEL}lora.rank": 8, f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "none"),
         ({f"{MODEL}lora.type": "dora"}, None, f"{MODEL}lora.type", "same"),

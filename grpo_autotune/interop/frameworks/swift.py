@@ -25,9 +25,7 @@ PRESETS = {  # DeepSpeed's configurations by swift's names (swift/config; prefet
     "zero3_offload": sharding.zero(3, optimizer="cpu", parameters="cpu", **_ZERO_3),
 }
 FSDP_2 = {"version": 2, "reshard_after_forward": True, "state_dict_type": "SHARDED_STATE_DICT"}
-GROUPS = ("train", "rollout", "teacher")  # roles of Ray's YAML, each with keys of its own
 OVERRULED = "overruled."  # beginning of keys that are given under another name as well, which wins
-VARIABLES = ("ENV", "model_kwargs")  # mappings whose keys are variables of the process
 
 
 def translate(source: Source, version: str | None, world_size: int | None) -> Translation:
@@ -57,7 +55,7 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
     variables = {key: one for key, one in source.environment.items() if key in swift_keys.ENVIRONMENT}
     given = {key: replace(one, value=option_value(str(one.value))) for key, one in variables.items()}
     for key, setting in source.settings.items():
-        inside = swift_run.mapping(setting.value) if key in (*GROUPS, *VARIABLES) else {}
+        inside = swift_run.mapping(setting.value) if key in (*swift_keys.GROUPS, *swift_keys.VARIABLES) else {}
         parts = {f"{key}.{name}": replace(setting, value=value) for name, value in inside.items()}
         given |= parts or {key: setting}
     settings: dict[str, Setting] = {}
@@ -73,8 +71,8 @@ def prepared(source: Source) -> tuple[Source, dict[str, str]]:
 def _newest(path: str) -> str:
     """The newest name of a setting, for its name in the file, with the mapping that it lies in before it."""
     group, _, inner = path.partition(".")
-    is_variable = group in VARIABLES and inner.upper() in swift_keys.ENVIRONMENT
-    name = inner if group in GROUPS[:2] and inner not in ("", "gpus") else path
+    is_variable = group in swift_keys.VARIABLES and inner.upper() in swift_keys.ENVIRONMENT
+    name = inner if group in swift_keys.GROUPS[:2] and inner not in ("", "gpus") else path
     return inner.upper() if is_variable else swift_keys.RENAMED.get(name, name)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from grpo_autotune.records.imported import Verdict
 
 NEWEST = "4.5"
+GROUPS = ("train", "rollout", "teacher")  # roles of Ray's YAML, each with keys of its own
+VARIABLES = ("ENV", "model_kwargs")  # mappings whose keys are variables of the process
 
 DEFAULTS: dict[str, Any] = {
     "num_generations": 8, "beta": 0.04, "temperature": 0.9, "top_p": 1.0, "top_k": -1, "loss_type": "grpo",

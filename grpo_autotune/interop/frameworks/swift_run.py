@@ -205,13 +205,14 @@ def _rewards(to: Translation) -> None:
     for key in filter(to.given, settings):
         to.converted(key, {}, "in rewards") if to.files or key in read else to.inert(key, "no reward reads it")
     away = next((plugin for plugin in plugins if beside(to.source.path, plugin) is None), None)
-    to.converted(("reward_weights", "external_plugins"), {}, "in rewards")
-    if away:
-        to.converted("external_plugins", {}, f"in rewards; {away} is not here: correct its path there")
+    to.converted("reward_weights", {}, "in rewards")
+    where = f"; {away} is not here: correct its path there" if away else ""
     if plugins and not to.files:
         to.dropped("external_plugins", "no reward of it is named; what else it registers is not read")
     elif unsure:
         to.changes("external_plugins", {}, "they are not at hand: the first is taken to register the rewards")
+    else:
+        to.converted("external_plugins", {}, f"in rewards{where}")
 
 
 def _loss(to: Translation) -> None:

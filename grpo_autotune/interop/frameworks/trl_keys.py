@@ -299,11 +299,16 @@ def _generation(to: Translation, key: str) -> None:
     setting, given = to.source.settings.get(key), _sampling(to)
     if setting is not None and unknown(setting):
         return to.dropped(key, RUNS)
-    lost = [name for name, value in given.items() if name not in RANGES and (name in UNUSABLE or name in OF_TOKENIZER)]
-    kept = {name: value for name, value in given.items() if name not in (*RANGES, *lost)}
-    targets = {f"grpo.{name}": value for name, value in given.items() if name in RANGES}
+    if not isinstance(to.value(key), dict | None):
+        return to.dropped(key, "no mapping of keys to values: write one")
+    away, written = {*UNUSABLE, *OF_TOKENIZER} - RANGES.keys(), str(setting and setting.text)
+    texts = {name: value for name, value in given.items() if isinstance(value, str) and name not in away}
+    unsure = {name for name, value in texts.items() if name in RANGES or value in written.replace(repr(value), "")}
+    kept = {name: value for name, value in given.items() if name not in {*RANGES, *away, *unsure}}
+    targets = {f"grpo.{name}": value for name, value in given.items() if name in RANGES and name not in unsure}
     targets |= {"grpo.generation_kwargs": kept} if kept else {}
-    notes = [f"{name}: {UNUSABLE[name]}" for name in lost if name in UNUSABLE]
+    notes = [f"{name}: {UNUSABLE[name]}" for name in given if name in UNUSABLE and name in away]
+    notes += [f"{', '.join(sorted(unsure))}: {RUNS}"] if unsure else []
     if given.get("temperature", to.value("temperature")) != to.value("temperature"):
         notes.append("there the training pass does not divide by this temperature")
     return (to.changes if notes else to.converted)(key, targets, "; ".join(notes) or "the plain keys")

@@ -16,13 +16,12 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.interop.reading.files import text_of
-from grpo_autotune.interop.reading.shell import shorter
-from grpo_autotune.interop.source import Setting, hidden
+from grpo_autotune.interop.source import Setting, hidden, shorter
 
 PIN = re.compile(r"\b(trl|verl|unsloth|transformers|vllm|ms-swift)==(\d[\w.]*)")
 OPERATORS: Mapping[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: lambda left, right: +left * +right,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: lambda left, right: _remainder(left, right),
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda one, many: one in many,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
@@ -34,7 +33,7 @@ PARSED = re.compile(r"(.*\.)?(parse|get)_(known_)?(args|arguments)")  # calls th
 MAGIC = re.compile(r"(?m)^([ \t]*)[!%?](?:.*\\\n)*.*$")
 MOST_LEFT_OUT, MOST_SAID, LONGEST_TEXT = 20, 5, 100_000
 SETTING = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.NamedExpr, ast.For)
-WRONG = (TypeError, ValueError, KeyError, ArithmeticError)
+WRONG = (TypeError, ValueError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -201,18 +200,28 @@ class _Reader(ast.NodeVisitor):
         self.visit_While(node)
 
     def forget(self, *nodes: ast.AST) -> None:
-        """Names and arguments of a tree are not known from here on."""
-        parts = [part for node in nodes for part in ast.walk(node)]
-        names = [
-            part.id if isinstance(part, ast.Name) else part.arg
-            for part in parts
-            if isinstance(part, ast.Name | ast.arg)
-        ]
-        self.names |= {name: Unknown(name) for name in names}
+        """Names, attributes and arguments of trees are not known from here on; the object of an attribute still is."""
+        for node in nodes:
+            name = node.arg if isinstance(node, ast.arg) else ast.unparse(node)
+            if not isinstance(node, ast.Name | ast.arg | ast.Attribute):
+                self.forget(*ast.iter_child_nodes(node))
+            elif not self.keep(node, Setting(name, node.lineno, self.cell, name)):
+                self.names[name] = Unknown(name)
+
+    def keep(self, target: ast.AST, setting: Setting) -> bool:
+        """True where an attribute is a setting: of a processor, or one more argument of the call that made it."""
+        name = ast.unparse(target)
+        call = self.names.get(name.partition(".")[0])
+        if isinstance(target, ast.Attribute) and target.attr in OF_PROCESSOR and not name.startswith("self."):
+            self.script.calls.append(Call(target.attr, {target.attr: setting}, target.lineno))
+            return True
+        if is_argument := isinstance(target, ast.Attribute) and isinstance(call, Call):
+            call.arguments[target.attr] = setting
+        return is_argument
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer, self.names = self.names, dict(self.names)
-        self.forget(node.args)
+        self.forget(*[part for part in ast.walk(node.args) if isinstance(part, ast.arg)])
         self.generic_visit(node)
         self.names = outer
 
@@ -220,22 +229,21 @@ class _Reader(ast.NodeVisitor):
         self.assign(node.target, ast.copy_location(ast.BinOp(node.target, node.op, node.value), node))
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
-        """A name for a value or a call; an attribute of a call's result is one more argument."""
+        """A name for a value or a call."""
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
             for one, its_value in zip(target.elts, value.elts, strict=True):
                 self.assign(one, its_value)
             return
         name = ast.unparse(target)
-        call = self.names.get(name.partition(".")[0])
         variable = re.fullmatch(r"os\.environ\[['\"](\w+)['\"]\]", name)
         if variable:
             self.script.environment[variable[1]] = self.setting(value)
-        elif isinstance(target, ast.Attribute) and target.attr in OF_PROCESSOR:
-            self.script.calls.append(Call(target.attr, {target.attr: self.setting(value)}, value.lineno))
+        elif self.keep(target, self.setting(value)):
+            return
         elif isinstance(target, ast.Subscript) and isinstance(held := self.value(target.value), dict):
-            self.names[ast.unparse(target.value)] = held | {self.value(target.slice): self.value(value)}
-        elif isinstance(target, ast.Attribute) and isinstance(call, Call):
-            call.arguments[target.attr] = self.setting(value)
+            key, whole = self.value(target.slice), ast.unparse(target.value)
+            is_key = not isinstance(key, Unknown | list | dict)
+            self.names[whole] = held | {key: self.value(value)} if is_key else Unknown(whole)
         else:
             made = [call for call in self.script.calls if isinstance(value, ast.Call) and call.line == value.lineno]
             known = self.value(value)
@@ -265,8 +273,12 @@ class _Reader(ast.NodeVisitor):
         return Setting(_plain(self.value(node)), node.lineno, self.cell, written)
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression; `Unknown` where it, or in a list a part of it, is not known."""
+        """The value of an expression; `Unknown` where it, or in a list a part of it, is not known or too long."""
         unknown = Unknown(ast.unparse(node))
+        value = self.evaluated(node, unknown)
+        return value if _size(value) <= LONGEST_TEXT else unknown
+
+    def evaluated(self, node: ast.expr, unknown: Unknown) -> Any:
         if isinstance(node, ast.Name):
             value = self.names.get(node.id, unknown)
             return self.given(node.id, unknown) if isinstance(value, Call | Unknown) else value
@@ -308,15 +320,15 @@ class _Reader(ast.NodeVisitor):
     def attribute(self, node: ast.Attribute, unknown: Unknown) -> Any:
         """An argument of the call that made an object; of argparse's, what is given for it, else its default."""
         base = ast.unparse(node.value)
-        made = self.names.get(base)
-        if isinstance(made, Call) and (setting := made.arguments.get(node.attr)) is not None:
-            return unknown if setting.text == setting.value else setting.value
+        made, value = self.names.get(base), self.names.get(unknown, unknown)
         is_parsed = base == "args" or (isinstance(made, Call) and PARSED.fullmatch(made.name))
-        if not is_parsed or node.attr not in self.script.options:
+        if isinstance(made, Call) and (setting := made.arguments.get(node.attr)) is not None:
+            value = unknown if setting.text == setting.value else setting.value
+        elif not is_parsed or (unknown not in self.names and node.attr not in self.script.options):
             return unknown
-        if node.attr in self.environment:
-            return self.given(node.attr, unknown)
-        return self.script.usual.setdefault(node.attr, self.script.options[node.attr])
+        elif unknown not in self.names and node.attr not in self.environment:
+            return self.script.usual.setdefault(node.attr, self.script.options[node.attr])
+        return self.given(node.attr, unknown) if is_parsed and isinstance(value, Call | Unknown) else value
 
     def given(self, name: str, unknown: Unknown) -> Any:
         text = self.environment.get(name)
@@ -328,7 +340,7 @@ class _Reader(ast.NodeVisitor):
         name, given = ast.unparse(node.func), [self.value(argument) for argument in node.args]
         if name == "dict" and not given:
             return {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
-        if name in ("os.environ.get", "os.getenv"):
+        if name in ("os.environ.get", "os.getenv") and given:
             return self.environment.get(str(given[0]), given[1] if len(given) > 1 else unknown)
         text = self.value(node.func.value) if isinstance(node.func, ast.Attribute) else unknown
         if name.endswith(".replace") and isinstance(text, str) and not isinstance(text, Unknown):
@@ -336,12 +348,28 @@ class _Reader(ast.NodeVisitor):
         return self.computed(KINDS.get(name), given, unknown)
 
     def computed(self, function: Callable[..., Any] | None, given: list[Any], unknown: Unknown) -> Any:
-        length = sum(len(part) for part in given if isinstance(part, str | list))
-        if function is not None and length <= LONGEST_TEXT and not any(isinstance(part, Unknown) for part in given):
+        is_open = _size(given) > LONGEST_TEXT or any(isinstance(part, Unknown) for part in given)
+        if function is not None and not is_open:
             with suppress(*WRONG):
                 result = function(*given)
                 return result if isinstance(result, list) or not any(map(_is_open, given)) else unknown
         return unknown
+
+
+def _size(value: Any) -> int:
+    """Characters that a value takes, about; an integer counts triple, so that a product of two can be written."""
+    if isinstance(value, list | dict):
+        return len(value) + sum(map(_size, [*value, *(value.values() if isinstance(value, dict) else ())]))
+    return len(value) if isinstance(value, str | bytes) else value.bit_length() * 10 if isinstance(value, int) else 1
+
+
+def _remainder(left: Any, right: Any) -> Any:
+    """`left % right`; ValueError or the like for a text that would be too long, and for bytes."""
+    if isinstance(left, str | bytes):
+        widths = sum(map(int, re.findall(r"\d+", left)))
+        if "*" in left or widths + left.count("%") * _size(right) > LONGEST_TEXT:
+            raise ValueError
+    return left % right
 
 
 def _is_open(value: Any) -> bool:

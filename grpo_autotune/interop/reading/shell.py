@@ -14,13 +14,13 @@ from tree_sitter import Node
 
 from grpo_autotune.interop.reading import marks
 from grpo_autotune.interop.reading.expansion import Expansion, Field, Unknown, Variables, evaluated, parsed
-from grpo_autotune.interop.source import Word
+from grpo_autotune.interop.source import Word, shorter
 
 NVIDIA = re.compile(r"(?i)nvidia|cuda|\bgpu\b")
 NUMBERS = {"-eq": "==", "-ne": "!=", "-gt": ">", "-lt": "<", "-ge": ">=", "-le": "<="}
 JOINTS = (({"||", "-o"}, True), ({"&&", "-a"}, False))  # between parts, and the truth that decides the whole
 PLACEHOLDER = re.compile(  # `--model <your model>`, outside of quotes, comments and here-documents
-    r"""\\[\s\S]|'[^']*'|"(?:\\[\s\S]|[^"\\])*"|(?<!\S)\#.*"""
+    r"""\$?\(\((?:[^()]|\([^()]*\))*\)\)|\\[\s\S]|'[^']*'|"(?:\\[\s\S]|[^"\\])*"|(?<!\S)\#.*"""
     r"""|(?<!<)<<-?[ \t]*['"\\]?(?P<end>[A-Za-z_]\w*).*\n(?:.*\n)*?(?:\t*(?P=end)$|.*\Z)"""
     r"""|(?<=[\s=])(?P<name><[A-Za-z](?:[\w ./:-]*\w)?(?<![ ]\d)>)(?=\s)""",
     re.MULTILINE,
@@ -368,9 +368,3 @@ def parts(node: Node) -> list[Node]:
     if node.type not in ("binary_expression", "unary_expression", "parenthesized_expression"):
         return [node]
     return [part for child in node.children for part in parts(child)]
-
-
-def shorter(text: str, most: int = 60) -> str:
-    """The text on one line, for a warning."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
