@@ -1,6 +1,8 @@
 """`grpo-autotune doctor`: every finding of the checks with its remedy, and the cheap ones before other commands."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from grpo_autotune.doctor.run import Run, examine
 from grpo_autotune.doctor.surroundings import accounts, busy, disk, disk_speed, endpoints, launcher, loader, room
 from grpo_autotune.errors import LONGEST, ConfigError, EnvironmentProblem, shortened
 from grpo_autotune.hardware import detect
+from grpo_autotune.hardware.places import THREADS
 from grpo_autotune.units import plural
 
 CHEAP = (weights, sampling, room, disk, loader, launcher, accounts, busy)  # those that take milliseconds
@@ -59,11 +62,18 @@ def configuration(run: Run) -> Findings:
 
 def preflight(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     """Make the cheap checks before a run with these `GRPOConfig` keys put in place: a line for each warning, and the
-    error of what failed, an `EnvironmentProblem` where that is nothing in the configuration."""
+    error of what failed, an `EnvironmentProblem` where that is nothing in the configuration. Where other processes keep
+    cores busy, torch gets fewer threads in this process and its children: a thread on a core that is shared has all
+    others wait for its next slice of time, at each operation."""
     check_early(config, overrides)
     config = config.model_copy(update={"grpo": {**config.grpo, **overrides}})
-    for finding in examine(Run(config, detect()), CHEAP):
+    run = Run(config, detect())
+    for finding in examine(run, CHEAP):
         if finding.status == "fail":
             raise finding.error or EnvironmentProblem(finding.detail, where=finding.check, fix=f"{finding.remedy}.")
         if finding.status == "warn":
             warn(shortened(f"{finding.check}: {finding.detail}; {finding.remedy}", LONGEST))
+    if run.threads is not None:
+        os.environ[THREADS] = str(run.threads)
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(run.threads)

@@ -34,6 +34,7 @@ class Run:
     machine: Machine
     looked_at: list[Sequence[int]] = field(default_factory=list)  # numbers of the training rows, after `rows`
     check: tuple[str, float] = ("", 0.0)  # the one under way, and when it began
+    threads: int | None = None  # of torch beside other processes; None: as many as it takes by itself
 
     def now(self) -> str | None:
         return f"checking {self.check[0]}, {duration(time.monotonic() - self.check[1])}" if self.check[0] else None

@@ -19,6 +19,7 @@ from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware.nvml import ask, driver, visible_handles
+from grpo_autotune.hardware.places import THREADS
 from grpo_autotune.knobs import engine
 from grpo_autotune.probe.sampler import load_between, others_s
 from grpo_autotune.rollout.server.command import listens_at
@@ -26,7 +27,7 @@ from grpo_autotune.seams.stored_images import image_column, image_columns
 from grpo_autotune.units import plural, seconds, size
 
 TRIED_BYTES = 2**25
-LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, LONG_READ_S, SKEW_S = 0.25, 5.0, 2.0, 60.0, 1.0, 5.0
+LOOK_S, LONGER_LOOK_S, ANSWER_S, SLOW_S, LONG_SAVE_S, LONG_READ_S, SKEW_S = 0.25, 1.0, 5.0, 2.0, 60.0, 1.0, 5.0
 """Look at others' work, longest wait for an answer; of answers, checkpoints, images and clocks, what is told."""
 SUBMITTED_FROM = ("SLURM_SUBMIT_DIR", "PBS_O_WORKDIR", "SGE_O_WORKDIR", "LS_SUBCWD")
 """Variables in which schedulers keep the folder that a job was submitted from."""
@@ -120,7 +121,7 @@ def launcher(run: Run) -> Findings:
 
 
 def busy(run: Run) -> Findings:
-    """Other processes leave the cores and the GPUs to this run."""
+    """Other processes leave the cores and the GPUs to this run; where a CPU computes, torch leaves them theirs."""
     begun = others_s(run.ranks)
     time.sleep(LOOK_S)
     with driver() as nvml:
@@ -128,7 +129,15 @@ def busy(run: Run) -> Findings:
     gpu = max((float(rate.gpu) for rate in rates if rate is not None), default=None)
     load = load_between(begun, others_s(run.ranks), gpu, on_gpu=bool(run.machine.gpus))
     if load is not None and load.matters:
-        yield warn(load.warning, "end it (top and nvidia-smi name it), or wait for its end")
+        remedy = "end it (top and nvidia-smi name it), or wait for its end"
+        if not run.machine.gpus and run.ranks == 1 and THREADS not in os.environ:
+            time.sleep(LONGER_LOOK_S)  # not for one that is just ending
+            stays = load_between(begun, others_s(run.ranks), None, on_gpu=False)
+            free = max(1, round(load.of - stays.cores)) if stays is not None else load.of
+            if free < load.of:
+                run.threads = free
+                remedy += f"; beside it torch gets {plural(free, 'thread')}, or {THREADS}"
+        yield warn(load.warning, remedy)
     yield from [ok(load.words)] if load is not None else ()
 
 

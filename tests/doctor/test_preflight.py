@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,6 +32,7 @@ from grpo_autotune.doctor import run as run_module
 from grpo_autotune.doctor.finding import Finding
 from grpo_autotune.doctor.run import Run, examine
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.probe import sampler
 from grpo_autotune.records.trial import TRIAL_ARGUMENTS
 from tests.support.nvml import Card, with_gpus
 from tests.support.sample_records import CPU_MACHINE, GIB, GPU_MACHINE
@@ -397,6 +400,38 @@ def test_a_command_warns_in_a_line_each_and_ends_with_the_first_failure(
     (world.model / "model-2.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model-2\.safetensors is missing"):
         preflight(config, TRIAL_ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "threads"), [(1.1, None, "1"), (9.0, None, "1"), (1.1, "2", "2"), (0.1, None, None)]
+)
+def test_torch_leaves_other_processes_their_cores(
+    world: World, capsys: pytest.CaptureFixture[str], cores: float, given: str | None, threads: str | None
+) -> None:
+    world.patch.setenv("OMP_NUM_THREADS", given or "")
+    if given is None:
+        del os.environ["OMP_NUM_THREADS"]
+    world.patch.setattr(sampler, "_open_cores", lambda: {0, 1})
+    before = torch.get_num_threads()
+    taken_by_others(world.patch, cores)
+    world.findings()
+    try:
+        preflight(RunConfig.from_dict(world.values), TRIAL_ARGUMENTS)
+        assert os.environ.get("OMP_NUM_THREADS") == threads
+        assert torch.get_num_threads() == (1 if threads == "1" else before)
+    finally:
+        torch.set_num_threads(before)
+    assert ("; beside it torch gets 1 thread, or OMP_NUM_THREADS" in capsys.readouterr().err) == (threads == "1")
+
+
+def test_a_process_that_is_ending_takes_no_thread(world: World) -> None:
+    world.patch.delenv("OMP_NUM_THREADS", raising=False)
+    looks = iter([(0.0, 0.0), (0.25, 0.25), (1.25, 0.3)])
+    world.patch.setattr(sampler, "_open_cores", lambda: {0, 1})
+    world.patch.setattr(surroundings, "others_s", lambda ranks: next(looks))
+    run = Run(RunConfig.from_dict(world.values), CPU_MACHINE)
+    assert [finding.status for finding in examine(run, [surroundings.busy])] == ["warn"]
+    assert run.threads is None
 
 
 def test_doctor_with_a_configuration_and_without(

@@ -1,0 +1,109 @@
+"""Searches of twelve minutes on a real language model, alone on the machine or beside a busy process; do they hold?
+
+    python -m benchmarks.search_real [FOLDER] [--seeds 0 1 2] [--busy] [--name search_real]
+
+Each seed searches from SmolLM2-135M at micro batches of two, with gradient checkpointing and no speed-ups, and then
+probes 20 steps of its `tuned.yaml`, whose seconds are held against the receipt's. With `--busy` another process keeps
+the last core busy all the while. `FOLDER` keeps searches and probes: what is there is not run again. Needs
+`examples/smollm2.py`'s model, a wheel on the package index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.result import ratio, write
+from examples.smollm2 import ROOT, model_folder
+from grpo_autotune.config.schema import load_config
+from grpo_autotune.report.files import REPORT_FILE
+from grpo_autotune.search.folder import SearchFolder, load_search
+
+BUDGET = "12m"
+STEPS_AFTERWARDS = 20
+OVERRIDES = [
+    "grpo.per_device_train_batch_size=2", "grpo.gradient_accumulation_steps=8", "grpo.gradient_checkpointing=true",
+    "grpo.max_completion_length=16", "grpo.eval_steps=50", "grpo.max_steps=400", "speedups=none",
+]  # fmt: skip
+LOOP = "while True:\n    sum(range(1_000_000))"
+
+
+def main() -> None:
+    """Search once a seed, and write the JSON after each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/search_real"))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--name", default="search_real")
+    asked = parser.parse_args()
+    model_folder()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in asked.seeds:
+        with busy_core() if asked.busy else _nothing():
+            rows.append(_searched(asked.folder / str(seed), seed))
+        ratios = {
+            "probe afterwards over receipt": ratio([row["afterwards_s"] / row["step_s"] for row in rows]),
+            "speedup": ratio([row["speedup"] for row in rows]),
+            "model error, median": ratio([row["model_error"]["step"]["median"] for row in rows]),
+            "model error, p90": ratio([row["model_error"]["step"]["p90"] for row in rows]),
+        }
+        path = write(asked.name, "python -m benchmarks.search_real " + " ".join(sys.argv[1:]), rows, ratios)
+        sys.stdout.write(f"{ratios}\n{path}\n")
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process that keeps the last core busy meanwhile."""
+    last = max(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", LOOP], preexec_fn=lambda: os.sched_setaffinity(0, {last})) as other:
+        try:
+            yield
+        finally:
+            other.kill()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _searched(folder: Path, seed: int) -> dict[str, Any]:
+    place, tuned, after = SearchFolder(folder / "search"), folder / "tuned.yaml", folder / "afterwards"
+    folder.mkdir(exist_ok=True)
+    if not place.report.is_file():
+        own = folder / "own.yaml"
+        own.write_text(
+            load_config(str(ROOT / "examples/arithmetic.yaml"), [*OVERRIDES, f"search.seed={seed}"]).to_yaml()
+        )
+        _told(["search", str(own), "--budget", BUDGET, "--run-dir", str(place.path), "--out", str(tuned)])
+    if not (after / REPORT_FILE).is_file():
+        _told(["probe", str(tuned), "--steps", str(STEPS_AFTERWARDS), "--out", str(after)])
+    report = load_search(place.path)
+    probed = json.loads((after / REPORT_FILE).read_text())
+    best = report.best
+    return {
+        "seed": seed, "winner": best.changed, "raced": best.raced, "speedup": best.speedup, "ci": best.ci,
+        "step_s": best.step_s, "step_s_ci": best.step_s_ci, "afterwards_s": median(probed["step_seconds"]),
+        "own_step_s": report.baseline.step_s, "trials": len(report.trials), "ended": report.why_ended,
+        "contributions": [one.model_dump(mode="json") for one in report.contributions],
+        "model_error": {name: one.model_dump() for name, one in report.model_error.items()},
+        "others_cores": report.others and report.others.cores, "notes": report.notes, "elapsed_s": report.elapsed_s,
+        "others_cores_afterwards": probed["others"] and probed["others"]["cores"],
+    }  # fmt: skip
+
+
+def _told(words: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "grpo_autotune", *words], check=True, stdout=sys.stderr, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    main()
