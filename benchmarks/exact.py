@@ -326,7 +326,7 @@ def main() -> int:
             first, rows = written(options.skip, options.shardings)
         except ValueError as error:
             parser.error(f"--merge: {error}")
-        command = f"{first} && {command}"
+        command = " && ".join(dict.fromkeys([*first.split(" && "), command]))
     with tempfile.TemporaryDirectory() as folder:
         models = Models(Path(folder))
         for name, part in parts.items():
