@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from functools import partial, wraps
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from grpo_autotune.console import say, show
 
-Action = Callable[[], int]
-"""The work of a command whose arguments were parsed; returns the exit code."""
+Work = TypeVar("Work", bound=Callable[..., int | None])
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -28,6 +28,16 @@ def options(
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+
+
+def command(**settings: Any) -> Callable[[Work], Work]:
+    """Add a command to the program; its function, which returns an exit code or None for 0, is called by `main`."""
+
+    def added(function: Work) -> Work:
+        app.command(**settings)(wraps(function)(lambda **values: partial(function, **values)))
+        return function
+
+    return added
 
 
 def load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
