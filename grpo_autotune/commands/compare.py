@@ -8,7 +8,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import refusal_told
 from grpo_autotune.interop.logs.steps import is_log
 from grpo_autotune.records.comparison import Comparison
-from grpo_autotune.records.imported import LOG_SCHEMA, LogReport
+from grpo_autotune.records.imported import LogReport
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.stored import read_stored
@@ -57,10 +57,10 @@ def _load(name: str) -> Run | LogRun:
     place = _place(name)
     if place.is_file() and place.name not in (REPORT_FILE, SEARCH_FILE):
         with place.open("rb") as file:
-            imported = LOG_SCHEMA.rpartition("/")[0].encode() in file.read(100)
+            imported = LogReport.schema_name().rpartition("/")[0].encode() in file.read(100)
         if imported:
             again = {"absent": "", "written_by": "", "again": "Import the log again."}
-            return LogRun(name, read_stored(place, LogReport, LOG_SCHEMA, **again))
+            return LogRun(name, read_stored(place, LogReport, **again))
         if is_log(place):
             return LogRun(name, read_log(place))
     stored = load_run(place)

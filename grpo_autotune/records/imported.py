@@ -7,7 +7,6 @@ from pydantic import Field
 from grpo_autotune.records.base import Document, Frozen
 from grpo_autotune.records.report import Advice
 
-SCHEMA: Final = "grpo-autotune/imported/1"
 EXPORTED: Final = "grpo-autotune/exported/1"
 
 Verdict = Literal["same", "converted", "changes", "none", "speed"]
@@ -47,7 +46,7 @@ class ImportedRow(Frozen):
 class Imported(Document):
     """One imported configuration. Batch sizes are completions unless they are named prompts."""
 
-    schema_: Literal["grpo-autotune/imported/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/imported/1"] = Field(default="grpo-autotune/imported/1", alias="schema")
     file: str
     source: str  # the framework, as `--from` has it: `verl`, `ms-swift`
     version: str  # version whose defaults were taken
@@ -94,7 +93,6 @@ class Exported(Document):
     text: str
 
 
-LOG_SCHEMA: Final = "grpo-autotune/log/1"
 TRAINING_PASS = "training pass"  # the training forward, backward and optimizer in one timer
 ATOMS = (  # stages and parts of stages that a log can tell or keep to itself; `other` is what is left
     *("generation", "policy_logprob.old_policy", "policy_logprob.training_forward", "reference_logprob", "reward"),
@@ -127,7 +125,7 @@ class LogReport(Document):
     """Seconds by stage of another framework's run. A step is what the log counts: a rollout with all of its optimizer
     steps in verl and EasyR1, an optimizer step elsewhere. Where the steps cannot be split, `stages` is empty."""
 
-    schema_: Literal["grpo-autotune/log/1"] = Field(default=LOG_SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/log/1"] = Field(default="grpo-autotune/log/1", alias="schema")
     file: str
     framework: str  # in words: `verl`, `TRL`
     counted: str  # what a step is: `rollout`, `optimizer step`

@@ -6,8 +6,6 @@ from pydantic import ConfigDict, Field
 
 from grpo_autotune.records.base import Document, Frozen
 
-SCHEMA: Final = "grpo-autotune/infer/1"
-SETTINGS: Final = "grpo-autotune/infer-settings/2"
 TOTAL: Final = "total"
 """Name of the weighted sum among the scores."""
 
@@ -33,7 +31,7 @@ class Completion(Frozen):
 class Settings(Document):
     """The settings of a file, on which its completions depend: only the same ones may go on with it."""
 
-    schema_: Literal["grpo-autotune/infer-settings/2"] = Field(default=SETTINGS, alias="schema")
+    schema_: Literal["grpo-autotune/infer-settings/2"] = Field(default="grpo-autotune/infer-settings/2", alias="schema")
     checkpoint: str
     weights: str  # digest of the files that hold them
     backend: Literal["generate", "vllm"]
@@ -64,7 +62,7 @@ class Score(Frozen):
 class Inference(Document):
     """The JSON of `infer`: what the whole file holds, and how fast this call wrote its part."""
 
-    schema_: Literal["grpo-autotune/infer/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/infer/1"] = Field(default="grpo-autotune/infer/1", alias="schema")
     out: str
     settings: Settings
     confidence: float  # of the intervals, by Student's t over the prompts' means

@@ -1,12 +1,10 @@
 """The receipt of `grpo-autotune merge`, `merged.json`: what was merged, and the log-probs that prove it."""
 
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
-
-SCHEMA: Final = "grpo-autotune/merged/1"
 
 
 class Difference(Frozen):
@@ -31,7 +29,7 @@ class Proof(Frozen):
 class Merged(Document):
     """A folder with a model that needs no adapter any more. Files are named with their SHA-256."""
 
-    schema_: Literal["grpo-autotune/merged/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/merged/1"] = Field(default="grpo-autotune/merged/1", alias="schema")
     trained: str  # folder of the trained weights
     base: str | None  # name or folder of the base model
     dtype: str  # of the merged weights

@@ -7,17 +7,17 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.base import Document
 
-Stored = TypeVar("Stored", bound=Frozen)
+Stored = TypeVar("Stored", bound=Document)
 
 
-def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, written_by: str, again: str) -> Stored:
-    """Read the record in a JSON file whose key `schema` must name the only schema that this version reads.
+def read_stored(path: Path, kind: type[Stored], *, absent: str, written_by: str, again: str) -> Stored:
+    """Read the record in a JSON file whose key `schema` must name that of its `kind`.
 
     Errors say `absent` where there is no file, `written_by` for the command that writes one, and `again` as the remedy
     for a file that cannot be used."""
-    where = str(path)
+    where, schema = str(path), kind.schema_name()
     if not path.is_file():
         raise ConfigError(absent, where=where, fix=f"{written_by} writes one.")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
-from grpo_autotune.records.report import SCHEMA, Report
+from grpo_autotune.records.report import Report
 from grpo_autotune.records.stored import read_stored
 
 REPORT_FILE = "report.json"
@@ -45,7 +45,7 @@ def load_report(source: str | Path) -> Report:
     begun = any((path.parent / name).exists() for name in UNDER_WAY)
     absent = "this run has no report yet: it is under way, or was killed" if begun else "there is no report here"
     words = {"absent": absent, "written_by": "The end of a run" if begun else "`grpo-autotune probe`"}
-    return read_stored(path, Report, SCHEMA, **words, again="Probe again.")
+    return read_stored(path, Report, **words, again="Probe again.")
 
 
 def load_log(folder: Path) -> list[dict[str, Any]]:
