@@ -1,14 +1,17 @@
-"""Advice that no knob of the table follows: a reward that waits, a slow rank, logging and evaluating too often.
+"""Advice that no knob of the table follows: a reward that waits, a rank that works longer than the others, logging and
+evaluating too often.
 
 Each saving comes from the probe's own seconds.
 """
 
 import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from grpo_autotune.advice.facts import Facts, Idea
-from grpo_autotune.advice.ranks import excesses
 from grpo_autotune.predict.objective import steps_between
-from grpo_autotune.records.probe import STAGE_WORDS
+from grpo_autotune.records.probe import STAGE_WORDS, RankTimings
 from grpo_autotune.records.report import Change
 from grpo_autotune.units import percent, seconds
 
@@ -131,3 +134,30 @@ def _long_run_s(facts: Facts, part: str) -> tuple[float, int] | None:
         return None
     scale = facts.breakdown.step_s * len(timings.step_s) / total_s
     return math.fsum(s for _, s in times) / len(times) / every * scale, every
+
+
+class Excess(NamedTuple):
+    """Seconds per step by which a rank works longer than the mean of the others, the stage with most of it, and how
+    much longer each of them waits."""
+
+    rank: int
+    extra_s: float
+    stage: str
+    stage_s: float
+    others_wait_s: float
+
+
+def excesses(rows: Sequence[RankTimings]) -> list[Excess]:
+    """Each rank's excess, largest first; a rank's work is its step less `sync_wait`. Empty for fewer than two ranks."""
+    longer = []
+    for row in rows:
+        others = [other for other in rows if other.rank != row.rank]
+        stages = [stage for stage in row.stages if stage != "sync_wait"]
+        if not others or not stages:
+            continue
+        extra = {s: row.stages[s] - statistics.fmean(other.stages.get(s, 0.0) for other in others) for s in stages}
+        stage = max(extra, key=lambda name: extra[name])
+        waits = statistics.fmean(other.stages.get("sync_wait", 0.0) for other in others)
+        waits -= row.stages.get("sync_wait", 0.0)
+        longer.append(Excess(row.rank, math.fsum(extra.values()), stage, extra[stage], max(0.0, waits)))
+    return sorted(longer, key=lambda excess: -excess.extra_s)

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_autotune.cli import running
-from grpo_autotune.cli.app import command
-from grpo_autotune.cli.options import Json
+from grpo_autotune.cli.app import Json, command
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 

@@ -7,8 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from grpo_autotune.cli.app import command, load, print_reports
-from grpo_autotune.cli.options import Checked, Config, Json, Only, Out, ResumesAuto, Set, Steps
+from grpo_autotune.cli.app import (
+    Checked,
+    Config,
+    Json,
+    Only,
+    Out,
+    ResumesAuto,
+    Set,
+    Steps,
+    command,
+    load,
+    print_reports,
+)
 from grpo_autotune.console import as_warning, is_first_rank, output_aside, say, show
 
 
@@ -146,7 +157,7 @@ def serve(
     from grpo_autotune.commands.serve import is_trained, numbers, serve_config
 
     if what is not None and is_trained(what):
-        from grpo_autotune.commands.serve_trained import serve_trained
+        from grpo_autotune.commands.serve import serve_trained
 
         how: Any = {"gpus": numbers(gpus), "dry_run": dry_run, "check": check, "settings": set_ or []}
         return serve_trained(what, out_dir=out, **how)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grpo_autotune.cli.app import command, load, print_reports
-from grpo_autotune.cli.options import Checked, Json, Set
+from grpo_autotune.cli.app import Checked, Json, Set, command, load, print_reports
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 

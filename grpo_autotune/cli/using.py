@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_autotune.cli.app import command
-from grpo_autotune.cli.options import Json, Set
+from grpo_autotune.cli.app import Json, Set, command
 from grpo_autotune.console import output_aside, show
 
 Trained = Annotated[
@@ -33,7 +32,7 @@ def checkpoints(
 ) -> None:
     """List the checkpoints of a training, and rank them by what was logged."""
     from grpo_autotune.commands.checkpoints import list_checkpoints
-    from grpo_autotune.render.checkpoints import render_checkpoints
+    from grpo_autotune.render.trained import render_checkpoints
 
     listed = list_checkpoints(run_dir, strategy, mode, show_all=show_all)
     show(listed.model_dump_json(indent=2) if json_ else render_checkpoints(listed, show_all=show_all))
@@ -55,7 +54,7 @@ def merge(
 ) -> None:
     """Merge a trained adapter into its base, and prove that the result is the trained model."""
     from grpo_autotune.commands.merge import merge_trained
-    from grpo_autotune.render.merged import render_merged
+    from grpo_autotune.render.trained import render_merged
 
     with output_aside() if json_ else nullcontext():
         merged = merge_trained(run_dir, out, adapter=adapter, dtype=dtype, rows=rows)
@@ -89,7 +88,7 @@ def infer(
 ) -> None:
     """Write completions of data with trained weights, and their rewards; the same command goes on."""
     from grpo_autotune.commands.infer import Request, infer
-    from grpo_autotune.render.inference import render_inference
+    from grpo_autotune.render.trained import render_inference
 
     how: Any = {"n": n, "greedy": greedy, "in_vllm": vllm, "longest": max_new_tokens, "batch_size": batch_size}
     asked = Request(Path(place), out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how)

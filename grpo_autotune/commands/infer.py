@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.commands.early import check_rewards
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
-from grpo_autotune.commands.reward_sources import check_rewards
 from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.registry_file import named_section
 from grpo_autotune.config.schema import RunConfig, load_config, override
@@ -19,7 +19,7 @@ from grpo_autotune.files import full_disk_told
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.records.inference import Inference, Settings
+from grpo_autotune.records.trained import Inference, Settings
 from grpo_autotune.report.inference import summarize
 from grpo_autotune.rollout.server.process import need_vllm
 from grpo_autotune.trained.source import find_whole

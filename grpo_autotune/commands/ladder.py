@@ -28,10 +28,9 @@ from grpo_autotune.hardware.out_of_memory import causes
 from grpo_autotune.knobs import knobs_of
 from grpo_autotune.knobs.ladder import RANK, Stage, descended, kind_of_rung, next_rung
 from grpo_autotune.processes.fresh import start_anew
-from grpo_autotune.records.alerts import ALERTS_FILE
-from grpo_autotune.records.ladder import LADDER_FILE, Rung, load_rungs
+from grpo_autotune.records.alerts import ALERTS_FILE, LADDER_FILE, Rung, load_rungs
 from grpo_autotune.rollout.failures import engine_failure, frames
-from grpo_autotune.runs.links import link
+from grpo_autotune.runs.checkpoints import link
 from grpo_autotune.trials.child.memory import available_bytes, in_use, most_bytes
 from grpo_autotune.trials.endings import ending_of_error
 from grpo_autotune.units import size

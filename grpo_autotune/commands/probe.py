@@ -60,7 +60,7 @@ def _train(
             expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
-            from grpo_autotune.train.runs.stop_after import StopAfter, outlast
+            from grpo_autotune.train.runs.callbacks import StopAfter, outlast
             from grpo_autotune.train.trial_trainer import quiet_trainer
             from grpo_autotune.trials.child.occasions import checkpoint_s, evaluation_s
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:

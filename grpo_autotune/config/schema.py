@@ -24,11 +24,9 @@ from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.sections.fsdp import check_fsdp
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
-from grpo_autotune.config.sections.output import OutputSection
 from grpo_autotune.config.sections.rewards import RewardItem
 from grpo_autotune.config.sections.sampled import EvalSampling, Resample, check_resample
-from grpo_autotune.config.sections.search import SearchSection
-from grpo_autotune.config.sections.section import Section
+from grpo_autotune.config.sections.section import OutputSection, SearchSection, Section
 from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.sources import read_source, resolve_source

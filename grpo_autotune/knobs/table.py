@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.config.sections.search import SearchSection
+from grpo_autotune.config.sections.section import SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, engine_knobs, rules, values
 from grpo_autotune.knobs.context import KnobContext

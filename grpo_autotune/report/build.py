@@ -5,7 +5,7 @@ import statistics
 from grpo_autotune.advice.bound import bound, warnings
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
-from grpo_autotune.advice.ranks import excesses
+from grpo_autotune.advice.observed import excesses
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Ceilings, Machine
 from grpo_autotune.predict.objective import run_steps, useful_completions

@@ -2,19 +2,23 @@
 
 A run that was killed while saving leaves a torn folder. `survey` finds the newest whole one beneath it, in a folder
 of `checkpoint-<step>` folders as transformers names them. A checkpoint that plain transformers wrote has no marker:
-it counts as whole when what a resumed run loads from it opens.
+it counts as whole when what a resumed run loads from it opens. Relative links name checkpoints: `best` and `last` in
+the run folder, and `epoch-7` beside `checkpoint-70`.
 """
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from grpo_autotune.console import warn
 from grpo_autotune.files import write_whole
 
 MARKER = "complete.json"
@@ -158,3 +162,45 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+_refused: set[Path] = set()
+"""Folders whose file system has no links, as was said once."""
+
+
+def kept_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder whose weights can be used, by step, the newest first."""
+    return {one.step: one.path for one in survey(folder) if one.flaw in (None, WEIGHTS_ONLY)}
+
+
+def link(place: Path, target: Path | None) -> None:
+    """Let `place` point to a folder, or to nothing; what is there and is no link stays."""
+    if place.parent in _refused or (place.exists() and not place.is_symlink()):
+        return
+    try:
+        draft = place.with_name(f".{place.name}.link")
+        draft.unlink(missing_ok=True)
+        if target is None:
+            place.unlink(missing_ok=True)
+        else:
+            draft.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
+            draft.replace(place)
+    except OSError as error:
+        _refused.add(place.parent)
+        warn(f"no links to checkpoints in {place.parent} ({error.strerror}): name them as checkpoint-STEP")
+
+
+def link_epoch(checkpoint: Path, epoch: float | None) -> None:
+    """Name a checkpoint by its epoch too, where that is whole, and remove names whose checkpoints are gone."""
+    if epoch and abs(epoch - round(epoch)) < 1e-6:
+        link(checkpoint.with_name(f"epoch-{round(epoch)}"), checkpoint)
+    for name in checkpoint.parent.glob("epoch-*"):
+        if name.is_symlink() and not name.exists():
+            with suppress(OSError):
+                name.unlink()
+
+
+def links_to(checkpoint: Path, run: Path) -> list[str]:
+    """The names of links to a checkpoint."""
+    places = [run / "best", run / "last", *sorted(checkpoint.parent.glob("epoch-*"))]
+    return [place.name for place in places if place.is_symlink() and place.resolve() == checkpoint.resolve()]

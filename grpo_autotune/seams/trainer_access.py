@@ -66,3 +66,10 @@ def image_tokens(processor: Any, width: int, height: int) -> int | None:
     if count is None or "image_grid_thw" not in images.model_input_names:
         return None
     return int(count(height, width, {})) // getattr(images, "merge_size", 1) ** 2
+
+
+def towers_of(model: Any) -> Iterator[Any]:
+    """Vision towers of Qwen-VL's kind: called with patches and a grid, they merge squares of patches into tokens."""
+    for module in model.modules():
+        if hasattr(module, "patch_embed") and hasattr(module, "merger") and hasattr(module, "spatial_merge_size"):
+            yield module

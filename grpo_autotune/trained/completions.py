@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError, shortened
 from grpo_autotune.files import sha256_of, write_whole
-from grpo_autotune.records.inference import Completion, Settings
 from grpo_autotune.records.stored import read_stored
+from grpo_autotune.records.trained import Completion, Settings
 
 DIGESTS = {
     "rows": "it was begun with other rows: the data has changed, or --limit",

@@ -20,8 +20,15 @@ import torch
 from transformers.generation.logits_process import LogitsProcessorList
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.speedups.generation.norms import one_kernel_norms
-from grpo_autotune.speedups.generation.step import Capture, FixedStep, GeneralStep, GraphStep, Unsupported, select
+from grpo_autotune.speedups.generation.step import (
+    Capture,
+    FixedStep,
+    GeneralStep,
+    GraphStep,
+    Unsupported,
+    one_kernel_norms,
+    select,
+)
 from grpo_autotune.speedups.generation.weights import for_decoding, products, replaced
 from grpo_autotune.speedups.sdpa import without_cudnn
 

@@ -17,9 +17,9 @@ from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
 from grpo_autotune.seams.ranks import any_of
+from grpo_autotune.seams.trainer_access import towers_of
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
 from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
-from grpo_autotune.speedups.images.towers import towers_of
 from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
