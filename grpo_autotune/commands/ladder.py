@@ -95,11 +95,8 @@ class Ladder:
         knobs = next_rung(self.config, detect(), stage, taken) if stage is not None else None
         if knobs is None:
             tried = "; ".join(rung.change for rung in self._rungs) or "none"
-            raise TrainingError(
-                f"memory ran out ({why}), and no rung of on_oom ladder helps here (taken: {tried})",
-                where=f"step {self._step()}",
-                fix=OTHERWISE[stage],
-            ) from error
+            what = f"memory ran out ({why}), and no rung of on_oom ladder helps here (taken: {tried})"
+            raise TrainingError(what, where=f"step {self._step()}", fix=OTHERWISE[stage]) from error
         held, limit = memory_of_process()
         before, kind = knobs_of(self.config, knobs), kind_of_rung(self.config, knobs)
         place = f"in step {self._step()}" if self._step() else "before the first step"

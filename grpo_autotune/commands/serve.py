@@ -118,11 +118,9 @@ def _check_port(wanted: Serving) -> None:
         try:
             trial.bind((wanted.host, wanted.port))
         except OSError as error:
-            raise ConfigError(
-                f"nothing can listen at {wanted.host}:{wanted.port}: {error.strerror}",
-                where="vllm.server_port",
-                fix="Give another port, or end what listens there.",
-            ) from error
+            what = f"nothing can listen at {wanted.host}:{wanted.port}: {error.strerror}"
+            fix = "Give another port, or end what listens there."
+            raise ConfigError(what, where="vllm.server_port", fix=fix) from error
 
 
 def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:

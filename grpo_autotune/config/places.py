@@ -63,11 +63,8 @@ def check_model_place(name: str) -> None:
     adapter = Path(name) / ADAPTER
     if is_file(adapter) and not is_file(adapter.with_name("config.json")):
         base = trained_adapter(name).get("base_model_name_or_path") or "its base model"
-        raise ConfigError(
-            f"{name} holds an adapter of {base}, and no model",
-            where="model.name_or_path",
-            fix=f"Write {base}; to go on from this adapter, write model.adapter: {name} beside it.",
-        )
+        fix = f"Write {base}; to go on from this adapter, write model.adapter: {name} beside it."
+        raise ConfigError(f"{name} holds an adapter of {base}, and no model", where="model.name_or_path", fix=fix)
     if name in names("model") or is_reference(name) or is_folder(name):
         return
     if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name):
@@ -92,19 +89,13 @@ def check_same_adapter(peft: Mapping[str, Any] | None, folder: str) -> None:
     """ConfigError where there is no adapter in `folder`, or a `peft` section asks for another one than is there."""
     adapter = trained_adapter(folder)
     if not adapter:
-        raise ConfigError(
-            f"there is no {ADAPTER} in {folder}",
-            where="model.adapter",
-            fix="Give a folder that holds one, such as RUN_DIR/model.",
-        )
+        fix = "Give a folder that holds one, such as RUN_DIR/model."
+        raise ConfigError(f"there is no {ADAPTER} in {folder}", where="model.adapter", fix=fix)
     for name, asked in (peft or {}).items():
         has = adapter.get(name, peft_keys()[name].default_value())
         if not (_comparable(asked) == _comparable(has) or asked == "all-linear"):  # PEFT saves the names it stood for
-            raise ConfigError(
-                f"the adapter to go on from has {has}, and this is {asked}",
-                where=f"peft.{name}",
-                fix="Remove the peft section: the adapter brings its own.",
-            )
+            what = f"the adapter to go on from has {has}, and this is {asked}"
+            raise ConfigError(what, where=f"peft.{name}", fix="Remove the peft section: the adapter brings its own.")
 
 
 def _comparable(value: Any) -> Any:
@@ -126,11 +117,8 @@ def _splits(path: str) -> Sequence[str]:
 
 def _check_file(place: Path, where: str) -> None:
     if place.suffix.lower() not in FILE_BUILDERS:
-        raise ConfigError(
-            f"a file ending in {place.suffix or 'nothing'} cannot be read",
-            where=where,
-            fix=f"Accepted: {', '.join(FILE_BUILDERS)}.",
-        )
+        fix = f"Accepted: {', '.join(FILE_BUILDERS)}."
+        raise ConfigError(f"a file ending in {place.suffix or 'nothing'} cannot be read", where=where, fix=fix)
     if place.stat().st_size == 0:
         raise DataError("the file is empty", where=str(place))
 
