@@ -98,7 +98,7 @@ def export(
 
 def probed(config: str, framework: str, *, as_json: bool) -> int:
     """Probe an imported configuration, and say how the source's timers split; the exit code."""
-    code = running.probe(config, json_=as_json)()
+    code = running.probe(config, json_=as_json)
     from grpo_autotune.config.schema import load_config
     from grpo_autotune.render.imported import split_lines
     from grpo_autotune.report.files import load_report

@@ -1,4 +1,4 @@
-"""What became of trained weights as text for a terminal: completions, a merge's receipt, ranked checkpoints."""
+"""Trained weights as text for a terminal: completions, the receipt of a merge, ranked checkpoints."""
 
 import shutil
 from collections.abc import Iterator
