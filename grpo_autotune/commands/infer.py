@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,9 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
         with startup.phase("model"), engine_time(startup):
             engine = Engine(trained, config, processor, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
         with ProgressBar("inferring", count) as bar:
-            result: tuple[int, float | None] = work.write(engine, partial(_tell, bar, count))
+            result: tuple[int, float | None] = work.write(
+                engine, lambda done: bar.tick(done, f"batch {done} of {count}", PLAIN_INTERVAL_S)
+            )
         return result
     except KeyboardInterrupt:
         say(f"{asked.out} holds {plural(len(work.file.completions), 'completion')}; the same command goes on")
@@ -190,8 +191,3 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
             raise
         size, fix = work.prompts * asked.n, "Lower --batch-size; what was written stays."
         raise EnvironmentProblem(f"memory ran out, with {size} completions at once", where="infer", fix=fix) from error
-
-
-def _tell(bar: ProgressBar, count: int, done: int) -> None:
-    left = bar.time_left(done)
-    bar.update(done, left, f"batch {done} of {count}, {left}", PLAIN_INTERVAL_S)
