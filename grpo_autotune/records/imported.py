@@ -5,7 +5,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
-from grpo_autotune.records.report import Advice
+from grpo_autotune.records.report import Advice, Change
 
 EXPORTED: Final = "grpo-autotune/exported/1"
 
@@ -60,12 +60,8 @@ class Imported(Document):
     files: dict[str, str] = {}  # name -> text of files that belong beside it, such as a reward's adapter
 
 
-class ExportedKey(Frozen):
-    """A key of the framework that was written."""
-
-    key: str
-    before: Any  # as the framework had it, its default where the file left it out
-    after: Any
+class ExportedKey(Change):
+    """A key of the framework that was written; it had its default before where the file left it out."""
 
     def __str__(self) -> str:
         return f"{self.key} {'unset' if self.before is None else self.before} -> {self.after}"
