@@ -1,6 +1,5 @@
 """Places that a configuration names, data and model: what the file system tells of them before a library reads them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from grpo_autotune.config.foreign_keys import peft_keys
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
-from grpo_autotune.files import is_file, is_folder
+from grpo_autotune.files import is_file, is_folder, read_mapping
 from grpo_autotune.registry import is_reference, names, source_of
 
 ADAPTER = "adapter_config.json"
@@ -78,11 +77,7 @@ def check_model_place(name: str) -> None:
 
 def trained_adapter(folder: str) -> dict[str, Any]:
     """The configuration that PEFT saved with the adapter in `folder`; empty where none can be read."""
-    try:
-        values = json.loads((Path(folder).expanduser() / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return read_mapping(Path(folder).expanduser() / ADAPTER) or {}
 
 
 def check_same_adapter(peft: Mapping[str, Any] | None, folder: str) -> None:
@@ -107,11 +102,9 @@ def _splits(path: str) -> Sequence[str]:
     place, whole = Path(path), Path(path) / "dataset_dict.json"
     if path == "digits":
         return ("train", "test")
-    if is_file(whole):
-        try:
-            return tuple(map(str, json.loads(whole.expanduser().read_text(encoding="utf-8"))["splits"]))
-        except (OSError, ValueError, KeyError, TypeError):  # `datasets` will say what is wrong with it
-            return ()
+    if is_file(whole):  # `datasets` will say what is wrong with it
+        splits = (read_mapping(whole.expanduser()) or {}).get("splits")
+        return tuple(map(str, splits)) if isinstance(splits, list) else ()
     return ("train",) if is_file(place) or is_file(place / "state.json") else ()
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from grpo_autotune.console import warn
-from grpo_autotune.files import write_whole
+from grpo_autotune.files import read_mapping, write_whole
 
 MARKER = "complete.json"
 TORN_PREFIX = "torn-"
@@ -64,7 +64,7 @@ def seal(folder: Path, world_size: int, completions: int, earlier: Iterable[int]
 def batch_of(folder: Path) -> tuple[int, list[int]]:
     """Completions per step of the run that saved a checkpoint, and the numbers of processes that it has had; 0 and none
     where it has no marker of ours."""
-    batch = (_read_json(folder / MARKER) or {}).get("batch", {})
+    batch = (read_mapping(folder / MARKER) or {}).get("batch", {})
     return batch.get("completions", 0), batch.get("processes", [])
 
 
@@ -77,7 +77,7 @@ class SavedBy(NamedTuple):
 
 def saved_by(folder: Path) -> SavedBy:
     """The processes that saved a checkpoint, as its files tell."""
-    told = (_read_json(folder / MARKER) or {}).get("world_size", 1)
+    told = (read_mapping(folder / MARKER) or {}).get("world_size", 1)
     if parts := list(folder.glob("global_step*/*_optim_states.pt")):
         whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
         return SavedBy("ZeRO-1 or 2" if whole else "ZeRO-3", len(parts))
@@ -100,7 +100,7 @@ def set_aside(checkpoint: Checkpoint) -> Path:
 
 def find_flaw(folder: Path) -> str | None:
     """The reason why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
-    marker = _read_json(folder / MARKER)
+    marker = read_mapping(folder / MARKER)
     return _sealed_flaw(folder, marker) if marker else _plain_flaw(folder)
 
 
@@ -118,7 +118,7 @@ def _sealed_flaw(folder: Path, marker: dict[str, Any]) -> str | None:
 
 def _plain_flaw(folder: Path) -> str | None:
     """Judge a folder without a marker: `trainer_state.json` is the last file that transformers writes."""
-    if _read_json(folder / "trainer_state.json") is None:
+    if read_mapping(folder / "trainer_state.json") is None:
         return "trainer_state.json is missing or cut short"
     if _sharded(folder):
         return None
@@ -135,7 +135,7 @@ def _plain_flaw(folder: Path) -> str | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     for name in _INDEXES:
-        index = _read_json(folder / name)
+        index = read_mapping(folder / name)
         if index is not None:
             return [folder / shard for shard in sorted(set(index.get("weight_map", {}).values()))]
     return [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
@@ -154,14 +154,6 @@ def _opens(path: Path) -> bool:
 
 def _sharded(folder: Path) -> bool:
     return any(path.is_dir() for pattern in _SHARDED_OPTIMIZER for path in folder.glob(pattern))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 _refused: set[Path] = set()
