@@ -43,7 +43,8 @@ def numbers(text: str | None) -> list[int]:
 def is_trained(place: str | None) -> bool:
     """True for a folder, or a name in a run folder that may be a checkpoint's; anything else is a configuration."""
     path = Path(place or "").expanduser()
-    return place is not None and (path.is_dir() or (not path.exists() and (path.parent / "checkpoints").is_dir()))
+    in_run = not path.exists() and any(beside.is_dir() for beside in path.parent.glob("checkpoints*"))
+    return place is not None and (path.is_dir() or in_run)
 
 
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:

@@ -26,9 +26,6 @@ def read_stored(path: Path, kind: type[Stored], *, absent: str, written_by: str,
     except (ValueError, RecursionError) as problem:
         raise ConfigError("this is not a JSON file", where=where, fix=again) from problem
     name = data.get("schema") if isinstance(data, dict) else None
-    if str(name).startswith("grpo-autotune/log/") and not schema.startswith("grpo-autotune/log/"):
-        fix = "`grpo-autotune import LOG` prints one, `compare` holds it against others."
-        raise ConfigError("this is the report of a log", where=where, fix=fix)
     if name != schema:
         raise ConfigError(f"the report has the schema {name!r}, this version reads {schema!r}", where=where, fix=again)
     try:

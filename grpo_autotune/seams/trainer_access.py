@@ -24,6 +24,13 @@ def compute_dtype(trainer: Any) -> str:
     return str(trainer.model.dtype).removeprefix("torch.")
 
 
+def has_fused_head() -> bool:
+    """True if this TRL's models compute log-probs themselves, as since 1.15."""
+    from trl.trainer import utils
+
+    return hasattr(utils, "add_fused_lm_head")
+
+
 def end_tokens(trainer: Any) -> list[int]:
     """The tokens that end a completion; before TRL 1.14 the tokenizer's alone."""
     ends: list[int] | None = getattr(trainer, "eos_token_ids", None)

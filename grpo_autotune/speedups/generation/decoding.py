@@ -57,7 +57,7 @@ class Decoder:
         record: list[torch.Tensor] | None = None,  # gets each step's scores as the model gave them, (B, V)
         capture: Capture | None = None,  # captures a step, for replays in place of calls
         look_every: int | None = None,  # tokens between two looks at which rows are done; None is the device's own
-        any_rank: Callable[[bool], bool] | None = None,  # where ranks are in step (`seams.ranks.any_of`)
+        any_rank: Callable[[bool], bool] | None = None,  # where ranks are in step (`seams.ranks.InStep`)
     ) -> None:
         self.prompt_of_row, self.record, self.capture = prompt_of_row, record, capture
         self.look_every, self.any_rank = 1 if any_rank else look_every, any_rank
