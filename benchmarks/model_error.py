@@ -154,7 +154,7 @@ def run_trial(spec_path: Path, out: Path) -> None:
     import grpo_autotune.train.trainer  # noqa: F401  its imports belong to the idle process
     from grpo_autotune.probe.probe import Probe
     from grpo_autotune.probe.startup import Startup
-    from grpo_autotune.train.runs.stop_after import StopAfter
+    from grpo_autotune.train.runs.callbacks import StopAfter
     from grpo_autotune.train.trial_trainer import quiet_trainer
 
     torch.set_num_threads(1)

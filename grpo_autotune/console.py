@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Self, TextIO
 
 from grpo_autotune.errors import LONGEST, AutotuneError, printable, shortened
@@ -153,7 +153,7 @@ def progress_console() -> Console:
     return Console(stderr=True, force_jupyter=False, force_terminal=None if is_live() else False)
 
 
-class ProgressBar:
+class ProgressBar(AbstractContextManager["ProgressBar"]):
     """Progress on the first rank, of `total` steps: on a terminal (of standard error by default) a bar between a title
     and a text, plain lines elsewhere."""
 
@@ -186,13 +186,15 @@ class ProgressBar:
         """The time until the end in words, if the rest goes as the first `done` steps went."""
         return f"about {duration((self._clock() - self._begun_s) / done * (self._total - done))} left"
 
+    def tick(self, done: int, what: str, every_s: float = 0.0) -> None:
+        """Move the bar to `done` steps; lines tell `what`, and the time that is left."""
+        left = self.time_left(done)
+        self.update(done, left, f"{what}, {left}", every_s)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

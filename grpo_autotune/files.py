@@ -1,11 +1,13 @@
 """The package's cache folder, files that are written whole or not at all, and disks that are full."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from grpo_autotune.errors import ConfigError, EnvironmentProblem
 
@@ -50,6 +52,15 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         draft.unlink(missing_ok=True)
     if durable:
         _sync_folder(path.parent)
+
+
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """The mapping that a JSON file holds; None where there is none that can be read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def sha256_of(path: Path) -> str:

@@ -29,10 +29,8 @@ class AttachedProbe:
         optimizer step was finished."""
         record = self._probe.record()
         if not record.timings.step_s:
-            raise ConfigError(
-                "nothing was measured: no optimizer step has ended since attach(trainer)",
-                fix="Call report() after trainer.train().",
-            )
+            fix = "Call report() after trainer.train()."
+            raise ConfigError("nothing was measured: no optimizer step has ended since attach(trainer)", fix=fix)
         report = report_of(record, None)
         if self._out_dir is not None and is_first_rank():
             save_report(report, self._out_dir)

@@ -40,9 +40,9 @@ LAYERS = (
 """Rooms of the package, from the ground up: a room imports only from those below its own row."""
 FLOORS = {
     "commands": (
-        ("early", "imports", "page", "probe", "reward_sources", "serve", "sweep"),
+        ("early", "imports", "page", "probe", "serve", "sweep"),
         ("checkpoints", "compare", "data", "doctor", "infer", "ladder", "merge", "plan", "run", "search"),
-        ("serve_trained", "train", "watch"),
+        ("train", "watch"),
         ("interop",),
     ),
     "config": (

@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
 from trl import GRPOConfig
 
 from grpo_autotune.config.zero import ZERO, deepspeed_keys
-from grpo_autotune.errors import ConfigError
-from grpo_autotune.train.arguments import check_deepspeed
+from grpo_autotune.errors import ConfigError, EnvironmentProblem
+from grpo_autotune.train.arguments import check_deepspeed, check_host_optimizer
+
+
+def arguments(folder: Path, optim: str = "adamw_torch", **keys: Any) -> Any:
+    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "use_cpu": True, "bf16": False, "optim": optim}
+    return GRPOConfig(output_dir=str(folder), deepspeed=deepspeed_keys(keys), **settings)
 
 
 def plugin(folder: Path, **keys: Any) -> Any:
-    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "use_cpu": True, "bf16": False}
-    return GRPOConfig(output_dir=str(folder), deepspeed=deepspeed_keys(keys), **settings).deepspeed_plugin
+    return arguments(folder, **keys).deepspeed_plugin
 
 
 @pytest.mark.parametrize("name", ZERO)
@@ -44,3 +49,22 @@ def test_keys_that_contradict_are_one_line(keys: dict[str, Any], told: str, tmp_
     with pytest.raises(ConfigError) as caught:
         check_deepspeed(plugin(tmp_path, name="zero2", **keys))
     assert str(caught.value).startswith("grpo.deepspeed.") and told in str(caught.value)
+
+
+def test_an_optimizer_in_whose_place_offload_puts_adam_is_refused(tmp_path: Path) -> None:
+    offloaded = {"name": "zero2", "offload": "cpu"}
+    with pytest.raises(ConfigError, match=r"^grpo\.optim: DeepSpeed would put its Adam in the place of sgd"):
+        check_host_optimizer(arguments(tmp_path, "sgd", **offloaded))
+    check_host_optimizer(arguments(tmp_path, "sgd", **offloaded, zero_force_ds_cpu_optimizer=False))
+    check_host_optimizer(arguments(tmp_path, "sgd", name="zero2"))
+
+
+def test_an_adam_for_the_host_that_cannot_be_compiled_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match="DeepSpeed's Adam for the host cannot be compiled here: ") as caught:
+        check_host_optimizer(arguments(tmp_path, name="zero2", offload="cpu"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -144,3 +144,22 @@ def test_other_numbers_of_processes(trained: tuple[Path, str], tiny: Tiny) -> No
         close(place / f"moved-{name}", place / "moved-ddp")
         assert gap(weights(place / f"moved-{name}"), weights(place / "moved-ddp")) < EXACT
     assert log_lines(place / "killed") == log_lines(place / "lora-zero3")
+
+
+@pytest.mark.long
+def test_what_is_kept_in_the_hosts_memory_learns_the_same_and_goes_on(
+    trained: tuple[Path, str], tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With DeepSpeed's own Adam, which is compiled first where it has not been."""
+    place, model, plan = trained[0], tiny("qwen3"), []
+    for name in ("zero2", "zero3"):
+        config = values(model, place, {"name": name, "offload": "cpu"})
+        cut = {"config": config, "folder": f"{place}/host-{name}", "env": sent(signal.SIGUSR1, call=3)}
+        plan += [cut, {"config": config, "folder": cut["folder"], "resume": True}]
+    said = train_all(plan, place / "host.json")
+    assert said.count("resuming at step 3") == 2
+    for name in ("zero2", "zero3"):
+        run = place / f"host-{name}"
+        close(run, place / "lora-ddp")
+        assert gap(weights(run), weights(place / "lora-ddp")) < EXACT
+        assert main(["merge", str(run), str(place / f"merged-{name}"), "--rows", "1"]) == 0, capsys.readouterr().err

@@ -11,7 +11,7 @@ from grpo_autotune import unlock_vllm
 from grpo_autotune.probe.probe import Probe
 from grpo_autotune.records.rollout import Fidelity
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
-from grpo_autotune.rollout.sync import caches
+from grpo_autotune.rollout.sync import sync
 from tests.support.exactness import generation, set_to_train
 
 Colocated = Callable[..., Any]
@@ -89,7 +89,7 @@ def test_embeddings_of_older_weights_are_named(
     colocated: Colocated, picture_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As TRL 1.16 leaves the encoder cache: the fourth step comes back to images of the first two."""
-    monkeypatch.setattr(caches, "changes_images", lambda model, pushed: False)
+    monkeypatch.setattr(sync, "changes_images", lambda model, pushed: False)
     found = measured(colocated("qwen3_vl", picture_rows, lora=False, max_steps=4, learning_rate=2e-3))
     assert not found.ok and found.cause == "stale caches", found
     assert points(found)["stale weights"] == points(found)["placeholders"] == points(found)["processor"] == "no"

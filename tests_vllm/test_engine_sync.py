@@ -19,7 +19,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import part_of
-from grpo_autotune.rollout.sync import adapters, caches, lora, sync
+from grpo_autotune.rollout.sync import adapters, lora, sync
 from tests_vllm.scoring import BLOCK, apart_nats
 
 EXACT = 1e-4
@@ -121,7 +121,7 @@ def test_without_its_reset_the_encoder_cache_is_stale(
     unlocked: Trainers, picture_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same image twice with trained vision weights, as TRL 1.16 leaves it."""
-    monkeypatch.setattr(caches, "changes_images", lambda model, pushed: False)
+    monkeypatch.setattr(sync, "changes_images", lambda model, pushed: False)
     trainer = unlocked("qwen3_vl", picture_rows, "merged", lora=False, learning_rate=1e-3)
     assert max(trained(trainer, picture_rows).synced) > 10 * EXACT
 

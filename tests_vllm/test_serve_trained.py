@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.cli.main import main
-from grpo_autotune.commands import serve_trained
+from grpo_autotune.commands import serve
 from grpo_autotune.errors import EnvironmentProblem
 from tests.support.training import picture_config
 
@@ -47,7 +47,7 @@ def test_the_answer_is_the_trainers_and_a_wrong_adapter_is_caught(
         caught.append(str(wrong.value))
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(serve_trained, "_say_how", once_it_is_checked)
+    monkeypatch.setattr(serve, "_say_how_to_ask", once_it_is_checked)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent.parent), os.environ["PYTHONPATH"]]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -26,10 +26,9 @@ from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
-from grpo_autotune.config.sections.output import OutputSection
 from grpo_autotune.config.sections.rewards import RewardItem
 from grpo_autotune.config.sections.sampled import EvalSampling, Resample
-from grpo_autotune.config.sections.search import SearchSection
+from grpo_autotune.config.sections.section import OutputSection, SearchSection
 from grpo_autotune.config.sections.vllm import ENGINE_FIXED, VllmSection
 from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.speedups.selection import OPTIONS

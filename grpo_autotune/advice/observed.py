@@ -1,15 +1,17 @@
-"""Advice that no knob of the table follows: a reward that waits, a slow rank, logging and evaluating too often.
+"""Advice that no knob of the table follows: a reward that waits, a rank that works longer than the others, logging and
+evaluating too often.
 
 Each saving comes from the probe's own seconds.
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 
 from grpo_autotune.advice.facts import Facts, Idea
-from grpo_autotune.advice.ranks import excesses
 from grpo_autotune.predict.objective import steps_between
-from grpo_autotune.records.probe import STAGE_WORDS
-from grpo_autotune.records.report import Change
+from grpo_autotune.records.probe import STAGE_WORDS, RankTimings
+from grpo_autotune.records.report import Change, Straggler
 from grpo_autotune.units import percent, seconds
 
 LARGE_SHARE = 0.1
@@ -49,7 +51,7 @@ def straggler(facts: Facts) -> Idea | None:
     """A rank that works longer than the mean of the others makes all of them wait. Seen from another rank the
     difference comes out of its waiting, seen from the slowest out of the stage in which it is slower: no more can be
     saved."""
-    slowest = next(iter(excesses(facts.record.ranks)), None)
+    slowest, in_stage_s = next(iter(stragglers(facts.record.ranks)), (None, 0.0))
     if slowest is None:
         return None
     stage = slowest.stage if slowest.rank == facts.record.rank else "sync_wait"
@@ -58,7 +60,7 @@ def straggler(facts: Facts) -> Idea | None:
         stages=(stage,),
         action=f"find out why rank {slowest.rank} is slower than the others",
         saving_s=min(slowest.extra_s, facts.breakdown.seconds(stage)),
-        because=f"The other ranks wait for it; {seconds(slowest.stage_s)} per step of the difference is in "
+        because=f"The other ranks wait for it; {seconds(in_stage_s)} per step of the difference is in "
         f"{STAGE_WORDS.get(slowest.stage, slowest.stage)}. Longer prompts or completions on that rank, or another "
         "process on its device, are the usual reasons",
     )
@@ -131,3 +133,21 @@ def _long_run_s(facts: Facts, part: str) -> tuple[float, int] | None:
         return None
     scale = facts.breakdown.step_s * len(timings.step_s) / total_s
     return math.fsum(s for _, s in times) / len(times) / every * scale, every
+
+
+def stragglers(rows: Sequence[RankTimings]) -> list[tuple[Straggler, float]]:
+    """Each rank by what it works longer than the mean of the others, the longest first, and the seconds of that in its
+    stage; a rank's work is its step less `sync_wait`. Empty for fewer than two ranks."""
+    longer = []
+    for row in rows:
+        others = [other for other in rows if other.rank != row.rank]
+        stages = [stage for stage in row.stages if stage != "sync_wait"]
+        if not others or not stages:
+            continue
+        extra = {s: row.stages[s] - statistics.fmean(other.stages.get(s, 0.0) for other in others) for s in stages}
+        stage = max(extra, key=lambda name: extra[name])
+        waits = statistics.fmean(other.stages.get("sync_wait", 0.0) for other in others)
+        waits -= row.stages.get("sync_wait", 0.0)
+        extra_s, waits_s = math.fsum(extra.values()), max(0.0, waits)
+        longer.append((Straggler(rank=row.rank, extra_s=extra_s, stage=stage, others_wait_s=waits_s), extra[stage]))
+    return sorted(longer, key=lambda one: -one[0].extra_s)

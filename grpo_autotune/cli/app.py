@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from functools import partial, wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from grpo_autotune.console import say, show
 
-Action = Callable[[], int]
-"""The work of a command whose arguments were parsed; returns the exit code."""
+Work = TypeVar("Work", bound=Callable[..., int | None])
 
 app = typer.Typer(
     name="grpo-autotune",
@@ -28,6 +30,16 @@ def options(
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+
+
+def command(**settings: Any) -> Callable[[Work], Work]:
+    """Add a command to the program; its function, which returns an exit code or None for 0, is called by `main`."""
+
+    def added(function: Work) -> Work:
+        app.command(**settings)(wraps(function)(lambda **values: partial(function, **values)))
+        return function
+
+    return added
 
 
 def load(source: str | None, overrides: list[str] | None, purpose: str) -> Any:
@@ -64,3 +76,25 @@ def print_reports(reports: Sequence[Any], as_json: bool) -> None:
 
     for report in reports:
         show(render(report))
+
+
+Config = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CONFIG]", help="A YAML file or a shipped profile; by default ./grpo.yaml, else the profile `demo`."
+    ),
+]
+Checked = Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file or profile; else ./grpo.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="Override a key: --set grpo.beta=0.02")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder (default: the one `output` names).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON alone; progress goes to standard error.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps to measure, after a warm-up.")]
+Only = Annotated[bool, typer.Option("--rewards-only", help="Only rewards over a network, without a model.")]
+
+
+class ResumesAuto(TyperCommand):
+    """A command whose `--resume` may be written `--resume auto`: it begins where there is nothing to go on with."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [word for at, word in enumerate(args) if word != "auto" or args[at - 1 : at] != ["--resume"]]
+        return super().parse_args(ctx, ["--resume" if word == "--resume=auto" else word for word in words])

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_autotune.cli import running
-from grpo_autotune.cli.app import Action, app
-from grpo_autotune.cli.options import Json
+from grpo_autotune.cli.app import Json, command
 from grpo_autotune.console import output_aside, say, show
 from grpo_autotune.errors import ConfigError
 
@@ -23,7 +22,7 @@ Env = Annotated[
 ]
 
 
-@app.command(name="import")
+@command(name="import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A configuration, a script, a notebook, or a log.")],
     from_: From = None,
@@ -43,43 +42,39 @@ def import_(
         Path | None, typer.Option("--config", metavar="FILE", help="Of a log, the configuration to check it against.")
     ] = None,
     json_: Json = False,
-) -> Action:
+) -> int:
     """Import a configuration or a log of verl, EasyR1, ms-swift, TRL, open-r1, VLM-R1, R1-V or Unsloth."""
+    from grpo_autotune.files import is_file, refusal_told
+    from grpo_autotune.interop.logs.steps import is_log
 
-    def action() -> int:
-        from grpo_autotune.files import is_file, refusal_told
-        from grpo_autotune.interop.logs.steps import is_log
+    with refusal_told():
+        is_training = is_file(file) and is_log(file)
+        if out is not None and file.exists() and out.exists() and out.samefile(file):
+            raise ConfigError("this is the file to import", where=f"--out {out}", fix="Name another one.")
+    how: Any = {"framework": from_, "version": version, "environment": environment(env), "world_size": world_size}
+    of_config: dict[str, Any] = {"--from": from_, "--source-version": version, "--env": env}
+    of_config["--world-size"] = world_size
+    of_log = {"--strict": strict, "--probe": probe, **({} if against else of_config)}
+    idle: dict[str, Any] = of_log if is_training else {"--config": against}
+    for option in (option for option, value in idle.items() if value):
+        what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
+        raise ConfigError(what, where=option, fix="It goes with --config." if option in of_config else None)
+    if is_training:
+        from grpo_autotune.commands.interop.config import import_log
 
-        with refusal_told():
-            is_training = is_file(file) and is_log(file)
-            if out is not None and file.exists() and out.exists() and out.samefile(file):
-                raise ConfigError("this is the file to import", where=f"--out {out}", fix="Name another one.")
-        how: Any = {"framework": from_, "version": version, "environment": environment(env), "world_size": world_size}
-        of_config: dict[str, Any] = {"--from": from_, "--source-version": version, "--env": env}
-        of_config["--world-size"] = world_size
-        of_log = {"--strict": strict, "--probe": probe, **({} if against else of_config)}
-        idle: dict[str, Any] = of_log if is_training else {"--config": against}
-        for option in (option for option, value in idle.items() if value):
-            what = f"{file.name} is a {'log' if is_training else 'configuration'}, which {option} does nothing for"
-            raise ConfigError(what, where=option, fix="It goes with --config." if option in of_config else None)
-        if is_training:
-            from grpo_autotune.commands.interop.config import import_log
+        return import_log(file, out=out, config=against, as_json=json_, **(how if against else {}))
+    from grpo_autotune.commands.interop.config import import_config
+    from grpo_autotune.config.batch import world_size as processes
 
-            return import_log(file, out=out, config=against, as_json=json_, **(how if against else {}))
-        from grpo_autotune.commands.interop.config import import_config
-        from grpo_autotune.config.batch import world_size as processes
-
-        how |= {"world_size": world_size or (processes() if probe else None), "strict": strict}
-        with output_aside() if probe and json_ else nullcontext():
-            imported = import_config(file, **how, out=out, as_json=json_ and not probe)
-        if imported is None:
-            return 1
-        return probed(str(out or "grpo.yaml"), imported.source, as_json=json_) if probe else 0
-
-    return action
+    how |= {"world_size": world_size or (processes() if probe else None), "strict": strict}
+    with output_aside() if probe and json_ else nullcontext():
+        imported = import_config(file, **how, out=out, as_json=json_ and not probe)
+    if imported is None:
+        return 1
+    return probed(str(out or "grpo.yaml"), imported.source, as_json=json_) if probe else 0
 
 
-@app.command()
+@command()
 def export(
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="A tuned.yaml of `search`.")],
     to: Annotated[Path, typer.Option("--to", metavar="ORIGINAL", help="The file that was imported; it is only read.")],
@@ -93,21 +88,17 @@ def export(
         int | None, typer.Option("--world-size", metavar="N", min=1, help="Processes that it was tuned on.")
     ] = None,
     json_: Json = False,
-) -> Action:
+) -> int:
     """Write the values that a search tuned into a copy of the file that the run was imported from."""
+    from grpo_autotune.commands.interop.config import export_tuned
 
-    def action() -> int:
-        from grpo_autotune.commands.interop.config import export_tuned
-
-        how: Any = {"framework": from_, "version": version, "environment": environment(env)}
-        return export_tuned(tuned, to, out=out, world_size=world_size, as_json=json_, **how)
-
-    return action
+    how: Any = {"framework": from_, "version": version, "environment": environment(env)}
+    return export_tuned(tuned, to, out=out, world_size=world_size, as_json=json_, **how)
 
 
 def probed(config: str, framework: str, *, as_json: bool) -> int:
     """Probe an imported configuration, and say how the source's timers split; the exit code."""
-    code = running.probe(config, json_=as_json)()
+    code = running.probe(config, json_=as_json)
     from grpo_autotune.config.schema import load_config
     from grpo_autotune.render.imported import split_lines
     from grpo_autotune.report.files import load_report

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with raising():
             action = app(words, standalone_mode=False)
-            return action() if callable(action) else int(action or 0)
+            return int((action() if callable(action) else action) or 0)
     except AutotuneError as error:
         if debug:
             raise

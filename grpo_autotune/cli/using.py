@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo_autotune.cli.app import Action, app
-from grpo_autotune.cli.options import Json, Set
+from grpo_autotune.cli.app import Json, Set, command
 from grpo_autotune.console import output_aside, show
 
 Trained = Annotated[
@@ -16,7 +15,7 @@ Trained = Annotated[
 ]
 
 
-@app.command()
+@command()
 def checkpoints(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder of `train`.")],
     strategy: Annotated[
@@ -30,21 +29,16 @@ def checkpoints(
         bool, typer.Option("--show-all", help="All of them, and evaluated steps whose checkpoint is gone.")
     ] = False,
     json_: Json = False,
-) -> Action:
+) -> None:
     """List the checkpoints of a training, and rank them by what was logged."""
+    from grpo_autotune.commands.checkpoints import list_checkpoints
+    from grpo_autotune.render.trained import render_checkpoints
 
-    def action() -> int:
-        from grpo_autotune.commands.checkpoints import list_checkpoints
-        from grpo_autotune.render.checkpoints import render_checkpoints
-
-        listed = list_checkpoints(run_dir, strategy, mode, show_all=show_all)
-        show(listed.model_dump_json(indent=2) if json_ else render_checkpoints(listed, show_all=show_all))
-        return 0
-
-    return action
+    listed = list_checkpoints(run_dir, strategy, mode, show_all=show_all)
+    show(listed.model_dump_json(indent=2) if json_ else render_checkpoints(listed, show_all=show_all))
 
 
-@app.command()
+@command()
 def merge(
     run_dir: Trained,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder of the merged model.")],
@@ -57,22 +51,17 @@ def merge(
         str | None, typer.Option(metavar="NAME", help="The adapter, where the folder holds several.")
     ] = None,
     json_: Json = False,
-) -> Action:
+) -> None:
     """Merge a trained adapter into its base, and prove that the result is the trained model."""
+    from grpo_autotune.commands.merge import merge_trained
+    from grpo_autotune.render.trained import render_merged
 
-    def action() -> int:
-        from grpo_autotune.commands.merge import merge_trained
-        from grpo_autotune.render.merged import render_merged
-
-        with output_aside() if json_ else nullcontext():
-            merged = merge_trained(run_dir, out, adapter=adapter, dtype=dtype, rows=rows)
-        show(json.dumps(merged.model_dump(mode="json"), indent=2) if json_ else render_merged(merged, str(out)))
-        return 0
-
-    return action
+    with output_aside() if json_ else nullcontext():
+        merged = merge_trained(run_dir, out, adapter=adapter, dtype=dtype, rows=rows)
+    show(json.dumps(merged.model_dump(mode="json"), indent=2) if json_ else render_merged(merged, str(out)))
 
 
-@app.command()
+@command()
 def infer(
     place: Trained,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File of completions, a JSON line each.")],
@@ -96,26 +85,13 @@ def infer(
     rewards: Annotated[bool, typer.Option("--rewards/--no-rewards", help="Score the completions.")] = True,
     set_: Set = None,
     json_: Json = False,
-) -> Action:
+) -> None:
     """Write completions of data with trained weights, and their rewards; the same command goes on."""
+    from grpo_autotune.commands.infer import Request, infer
+    from grpo_autotune.render.trained import render_inference
 
-    def action() -> int:
-        from grpo_autotune.commands.infer import Request, infer
-        from grpo_autotune.render.inference import render_inference
-
-        how: dict[str, Any] = {
-            "n": n,
-            "greedy": greedy,
-            "in_vllm": vllm,
-            "longest": max_new_tokens,
-            "batch_size": batch_size,
-        }
-        asked = Request(
-            Path(place), out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how
-        )
-        with output_aside():
-            summary = infer(asked)
-        show(summary.model_dump_json(indent=2) if json_ else render_inference(summary))
-        return 0
-
-    return action
+    how: Any = {"n": n, "greedy": greedy, "in_vllm": vllm, "longest": max_new_tokens, "batch_size": batch_size}
+    asked = Request(Path(place), out, data, split, limit, config=config, scored=rewards, overrides=set_ or (), **how)
+    with output_aside():
+        summary = infer(asked)
+    show(summary.model_dump_json(indent=2) if json_ else render_inference(summary))

@@ -10,10 +10,9 @@ from grpo_autotune.files import refusal_told
 from grpo_autotune.records.alerts import Log
 from grpo_autotune.records.evaluations import CheckpointList, Evaluation, EvaluationLog, SavedRow
 from grpo_autotune.report.files import load_log
-from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, survey
+from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, links_to, survey
 from grpo_autotune.runs.choose import own_choice, rank_kept
 from grpo_autotune.runs.folder import RunFolder
-from grpo_autotune.runs.links import links_to
 
 STATES = {None: "whole", WEIGHTS_ONLY: "weights only"}
 GONE = "not kept"

@@ -8,7 +8,7 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import refusal_told
 from grpo_autotune.interop.logs.steps import is_log
 from grpo_autotune.records.comparison import Comparison
-from grpo_autotune.records.imported import LOG_SCHEMA, LogReport
+from grpo_autotune.records.imported import LogReport
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.stored import read_stored
@@ -16,7 +16,7 @@ from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, T
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.compare import Run, compare
 from grpo_autotune.report.compare_logs import LogRun, compare_logs
-from grpo_autotune.report.files import LOG_FILE, REPORT_FILE
+from grpo_autotune.report.files import LOG_FILE, REPORT_FILE, is_log_report
 from grpo_autotune.report.logged import read_log
 from grpo_autotune.search.folder import SEARCH_FILE, SearchFolder, read_record
 
@@ -56,11 +56,9 @@ def _place(name: str) -> Path:
 def _load(name: str) -> Run | LogRun:
     place = _place(name)
     if place.is_file() and place.name not in (REPORT_FILE, SEARCH_FILE):
-        with place.open("rb") as file:
-            imported = LOG_SCHEMA.rpartition("/")[0].encode() in file.read(100)
-        if imported:
+        if is_log_report(place):
             again = {"absent": "", "written_by": "", "again": "Import the log again."}
-            return LogRun(name, read_stored(place, LogReport, LOG_SCHEMA, **again))
+            return LogRun(name, read_stored(place, LogReport, **again))
         if is_log(place):
             return LogRun(name, read_log(place))
     stored = load_run(place)

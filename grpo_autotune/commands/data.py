@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from types import SimpleNamespace
 from typing import Any
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
@@ -102,23 +101,10 @@ def _view(config: RunConfig, count: int, asked: Sequence[int]) -> DataView:
 
 
 def _prompt_ids(processor: Any, row: Row, options: Mapping[str, Any]) -> Sequence[int]:
-    """Token ids of a row's prompt, by the trainer's own method."""
-    from transformers import ProcessorMixin
-    from trl import GRPOTrainer
-    from trl.data_utils import prepare_multimodal_messages
+    """Token ids of a row's prompt."""
+    from grpo_autotune.trained.prompts import inputs_of, prompt_of
 
-    prompt, images = row["prompt"], _images(row)
-    if images:
-        prompt = prepare_multimodal_messages(prompt, images=images)
-    trainer: Any = SimpleNamespace(
-        processing_class=processor,
-        _is_vlm=isinstance(processor, ProcessorMixin),
-        environment_factories=None,
-        tools=None,
-        chat_template=None,
-        chat_template_kwargs=options,
-    )
-    ids: Sequence[int] = GRPOTrainer._tokenize_prompts(trainer, [prompt])[0][0]
+    ids: Sequence[int] = inputs_of(prompt_of(row, processor), processor, options)["input_ids"][0].tolist()
     return ids
 
 

@@ -1,17 +1,21 @@
-"""Checks of a configuration that need no library: its mistakes are said before torch is imported."""
+"""Checks of a configuration that need no library: its mistakes are said before torch is imported. Reward functions
+are read in their source text."""
 
+import inspect
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.config.foreign_keys import ForeignKey, accepted_types, check_values
 from grpo_autotune.config.packages import check_packages
 from grpo_autotune.config.places import check_data_place, check_model_place, check_split
+from grpo_autotune.config.reward_arguments import NAMED, check_arguments
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.errors import ConfigError
+from grpo_autotune.config.sections import judge
+from grpo_autotune.errors import AutotuneError, ConfigError
 from grpo_autotune.estimate.architectures import architecture
 from grpo_autotune.knobs.table import check_keys
-from grpo_autotune.registry import is_reference, source_of
+from grpo_autotune.registry import Definition, is_reference, source_of
 from grpo_autotune.scripts.stand_in import load_stand_in
 from grpo_autotune.speedups.selection import chosen
 
@@ -63,3 +67,49 @@ def load_script(config: str | None, script: str, overrides: list[str] | None) ->
     if config is not None:
         raise ConfigError("a script takes the place of a configuration", where="--script", fix="Give one of the two.")
     return load_stand_in(words, overrides or []), words
+
+
+def check_rewards(config: RunConfig) -> None:
+    """Refuse a reward that does not exist, does not take what it is given, or misses the key of a judge's provider;
+    nothing is imported."""
+    for place, item in enumerate(config.rewards):
+        definition, where = source_of("reward", item.name), f"rewards[{place}]"
+        if definition is None:
+            continue
+        is_ours = not is_reference(item.name)
+        # of ours, a parameter without a default is a setting and never a column
+        columns = () if is_ours else None
+        check_arguments(_signature(definition), item.params, where, columns, made=definition.name == "__init__")
+        if is_ours:
+            check_values(f"{where}.params", item.params, _keys(definition))
+        if item.name == "judge":
+            _check_judge(item.params, f"{where}.params")
+
+
+def _check_judge(params: Mapping[str, Any], where: str) -> None:
+    try:
+        judge.check_keys(judge.judge_settings(params))
+    except AutotuneError as error:
+        raise type(error)(error.what, where=f"{where}.{error.where}", fix=error.fix) from None
+
+
+def _signature(definition: Definition) -> inspect.Signature:
+    """The signature of a definition in source text; a default is its expression."""
+    args = definition.args
+    positional = [*args.posonlyargs, *args.args][definition.name == "__init__" :]
+    defaults = dict(zip(reversed(positional), reversed(args.defaults), strict=False))
+    defaults |= {arg: value for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True) if value is not None}
+    empty, named, keyword = inspect.Parameter.empty, *NAMED
+    parameters = [inspect.Parameter(arg.arg, named, default=defaults.get(arg, empty)) for arg in positional]
+    parameters += [inspect.Parameter(arg.arg, keyword, default=defaults.get(arg, empty)) for arg in args.kwonlyargs]
+    if args.kwarg is not None:
+        parameters.append(inspect.Parameter(args.kwarg.arg, inspect.Parameter.VAR_KEYWORD))
+    return inspect.Signature(parameters, __validate_parameters__=False)
+
+
+def _keys(definition: Definition) -> dict[str, ForeignKey]:
+    return {
+        arg.arg: ForeignKey(arg.arg, accepted_types(arg.annotation), None)
+        for arg in definition.args.kwonlyargs
+        if arg.annotation is not None
+    }

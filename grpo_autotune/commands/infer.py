@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from grpo_autotune.commands.early import check_rewards
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
-from grpo_autotune.commands.reward_sources import check_rewards
 from grpo_autotune.config.batch import of_other_processes
 from grpo_autotune.config.registry_file import named_section
 from grpo_autotune.config.schema import RunConfig, load_config, override
@@ -19,7 +18,7 @@ from grpo_autotune.files import full_disk_told
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.probe.startup import Startup
-from grpo_autotune.records.inference import Inference, Settings
+from grpo_autotune.records.trained import Inference, Settings
 from grpo_autotune.report.inference import summarize
 from grpo_autotune.rollout.server.process import need_vllm
 from grpo_autotune.trained.source import find_whole
@@ -180,7 +179,9 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
         with startup.phase("model"), engine_time(startup):
             engine = Engine(trained, config, processor, work.rows, n=asked.n, prompts=work.prompts, greedy=asked.greedy)
         with ProgressBar("inferring", count) as bar:
-            result: tuple[int, float | None] = work.write(engine, partial(_tell, bar, count))
+            result: tuple[int, float | None] = work.write(
+                engine, lambda done: bar.tick(done, f"batch {done} of {count}", PLAIN_INTERVAL_S)
+            )
         return result
     except KeyboardInterrupt:
         say(f"{asked.out} holds {plural(len(work.file.completions), 'completion')}; the same command goes on")
@@ -190,8 +191,3 @@ def _work(work: Any, asked: Request, startup: Startup, of_engine: tuple[Any, ...
             raise
         size, fix = work.prompts * asked.n, "Lower --batch-size; what was written stays."
         raise EnvironmentProblem(f"memory ran out, with {size} completions at once", where="infer", fix=fix) from error
-
-
-def _tell(bar: ProgressBar, count: int, done: int) -> None:
-    left = bar.time_left(done)
-    bar.update(done, left, f"batch {done} of {count}, {left}", PLAIN_INTERVAL_S)

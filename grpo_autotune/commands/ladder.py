@@ -28,10 +28,9 @@ from grpo_autotune.hardware.out_of_memory import causes
 from grpo_autotune.knobs import knobs_of
 from grpo_autotune.knobs.ladder import RANK, Stage, descended, kind_of_rung, next_rung
 from grpo_autotune.processes.fresh import start_anew
-from grpo_autotune.records.alerts import ALERTS_FILE
-from grpo_autotune.records.ladder import LADDER_FILE, Rung, load_rungs
+from grpo_autotune.records.alerts import ALERTS_FILE, LADDER_FILE, Rung, load_rungs
 from grpo_autotune.rollout.failures import engine_failure, frames
-from grpo_autotune.runs.links import link
+from grpo_autotune.runs.checkpoints import link
 from grpo_autotune.trials.child.memory import available_bytes, in_use, most_bytes
 from grpo_autotune.trials.endings import ending_of_error
 from grpo_autotune.units import size
@@ -96,11 +95,8 @@ class Ladder:
         knobs = next_rung(self.config, detect(), stage, taken) if stage is not None else None
         if knobs is None:
             tried = "; ".join(rung.change for rung in self._rungs) or "none"
-            raise TrainingError(
-                f"memory ran out ({why}), and no rung of on_oom ladder helps here (taken: {tried})",
-                where=f"step {self._step()}",
-                fix=OTHERWISE[stage],
-            ) from error
+            what = f"memory ran out ({why}), and no rung of on_oom ladder helps here (taken: {tried})"
+            raise TrainingError(what, where=f"step {self._step()}", fix=OTHERWISE[stage]) from error
         held, limit = memory_of_process()
         before, kind = knobs_of(self.config, knobs), kind_of_rung(self.config, knobs)
         place = f"in step {self._step()}" if self._step() else "before the first step"

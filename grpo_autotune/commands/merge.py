@@ -5,7 +5,7 @@ from pathlib import Path
 
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.console import ProgressBar, say
-from grpo_autotune.records.merged import Merged
+from grpo_autotune.records.trained import Merged
 from grpo_autotune.trained.source import find_trained
 
 LINE_S = 5.0

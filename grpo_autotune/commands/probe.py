@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def _train(
             expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
-            from grpo_autotune.train.runs.stop_after import StopAfter, outlast
+            from grpo_autotune.train.runs.callbacks import StopAfter, outlast
             from grpo_autotune.train.trial_trainer import quiet_trainer
             from grpo_autotune.trials.child.occasions import checkpoint_s, evaluation_s
         with own_server(config, served_weights, gpus, out_dir, startup.phase) as overrides:
@@ -71,7 +70,11 @@ def _train(
             live.total = total = probe.warmup + -(-steps // probe.cycle) * probe.cycle
             outlast(trainer, total)
             with ProgressBar("probing", total) as bar:
-                trainer.add_callback(StopAfter(total, partial(_tell, bar, total, probe.warmup)))
+
+                def tell(done: int) -> None:
+                    bar.tick(done, f"step {done} of {total} ({'warm-up' if done <= probe.warmup else 'measured'})")
+
+                trainer.add_callback(StopAfter(total, tell))
                 try:
                     trainer.train()
                 finally:
@@ -81,8 +84,3 @@ def _train(
                 return {}
             once = {"evaluate": evaluation_s(trainer, batches=None), "save": checkpoint_s(trainer)}
             return {name: spent_s for name, spent_s in once.items() if spent_s is not None}
-
-
-def _tell(bar: ProgressBar, total: int, warmup: int, done: int) -> None:
-    left, kind = bar.time_left(done), "warm-up" if done <= warmup else "measured"
-    bar.update(done, left, f"step {done} of {total} ({kind}), {left}")

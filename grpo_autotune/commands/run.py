@@ -95,8 +95,8 @@ class ScriptProbes(ScriptHooks):
     @as_warning("a trainer is not measured")
     def after_build(self, trainer: Any) -> None:
         from grpo_autotune.probe.probe import Probe
+        from grpo_autotune.train.runs.callbacks import StopAfter
         from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
-        from grpo_autotune.train.runs.stop_after import StopAfter
 
         if self.receipt is not None:
             runtime = runtime_facts(trainer.args.device)
@@ -123,7 +123,7 @@ class ScriptProbes(ScriptHooks):
         finally:
             for one, probe in ours:
                 one.take(probe)
-        from grpo_autotune.train.runs.stop_after import StopAfter
+        from grpo_autotune.train.runs.callbacks import StopAfter
 
         stops = [one for one in trainer.callback_handler.callbacks if isinstance(one, StopAfter)]
         if any(stop.is_reached for stop in stops):

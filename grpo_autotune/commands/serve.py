@@ -1,17 +1,21 @@
-"""`grpo-autotune serve CONFIG`: a vLLM server that a configuration can be trained against, watched until it ends.
+"""`grpo-autotune serve`: a vLLM server that a CONFIG can be trained against, or of what was trained in a RUN_DIR, its
+first answer held against the trainer's; watched until it ends.
 
 The server runs behind a guardian in a session of its own: whatever ends this command ends the server and all that it
 started. Its output goes to a log; here is said what it was started with, when it answers, and why it did not.
 """
 
+import json
 import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from grpo_autotune.commands.imports import set_environment
-from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.console import Heartbeat, say, show
+from grpo_autotune.commands.imports import mend_torchvision, set_environment
+from grpo_autotune.config.schema import RunConfig, override
+from grpo_autotune.config.sections.vllm import VllmSection, vllm_section
+from grpo_autotune.console import Heartbeat, say, show, warn
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
 from grpo_autotune.hardware.nvml import ORDER, VISIBLE, names_of_gpus
@@ -19,7 +23,9 @@ from grpo_autotune.processes.ending import Stopped, raising
 from grpo_autotune.rollout.server.command import Serving, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
-from grpo_autotune.trained.serving import served_weights
+from grpo_autotune.trained.agreement import check_answer
+from grpo_autotune.trained.serving import served_name, served_weights, serving_trained
+from grpo_autotune.trained.source import base_section, find_whole
 from grpo_autotune.units import duration
 
 GRACE_S = 20.0
@@ -37,7 +43,8 @@ def numbers(text: str | None) -> list[int]:
 def is_trained(place: str | None) -> bool:
     """True for a folder, or a name in a run folder that may be a checkpoint's; anything else is a configuration."""
     path = Path(place or "").expanduser()
-    return place is not None and (path.is_dir() or (not path.exists() and (path.parent / "checkpoints").is_dir()))
+    in_run = not path.exists() and any(beside.is_dir() for beside in path.parent.glob("checkpoints*"))
+    return place is not None and (path.is_dir() or in_run)
 
 
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:
@@ -112,11 +119,9 @@ def _check_port(wanted: Serving) -> None:
         try:
             trial.bind((wanted.host, wanted.port))
         except OSError as error:
-            raise ConfigError(
-                f"nothing can listen at {wanted.host}:{wanted.port}: {error.strerror}",
-                where="vllm.server_port",
-                fix="Give another port, or end what listens there.",
-            ) from error
+            what = f"nothing can listen at {wanted.host}:{wanted.port}: {error.strerror}"
+            fix = "Give another port, or end what listens there."
+            raise ConfigError(what, where="vllm.server_port", fix=fix) from error
 
 
 def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:
@@ -128,3 +133,55 @@ def _say_how(wanted: Serving, gpus: Sequence[int]) -> None:
         left = f"{order} {VISIBLE}={','.join(others)}" if others else "no GPU is left for the trainer"
         say(f"  and on the other GPUs: {left}")
     say("Ctrl-C ends it")
+
+
+def serve_trained(
+    place: str, *, out_dir: Path | None, gpus: Sequence[int], dry_run: bool, check: bool, settings: Sequence[str]
+) -> int:
+    """Serve the trained weights at `place` on these `gpus`, or all, and stay with the server until it ends or a signal
+    comes; the exit code: 0, or 128 + the signal.
+
+    With `check` the trainer's model answers one prompt before the server starts, and the server the same one after.
+    `settings` are of the form `vllm.KEY=VALUE`. A `dry_run` only prints the command.
+
+    Raises:
+        ConfigError: There are no such weights, or vLLM cannot run the adapter.
+        EnvironmentProblem: vLLM is missing, the server does not start, or answers as another model.
+    """
+    if not dry_run:
+        need_vllm()
+    set_environment()
+    mend_torchvision()
+    trained = find_whole(place)
+    if trained.adapter is not None and trained.config is not None and trained.config.model.load_in_4bit:
+        say("the base is served as it is stored, and was in 4 bits in training (model.load_in_4bit)")
+    wanted = serving_trained(trained, served_weights(base_section(trained)), _section(settings), named(gpus))
+    answer = None
+    if check and not dry_run:
+        with Heartbeat(lambda: "the trainer's model answers one prompt, to compare"):
+            from grpo_autotune.trained.answer import trainers_answer
+
+            answer = trainers_answer(trained, say)
+
+    def ready() -> None:
+        if answer is not None:
+            say(check_answer(wanted.address, served_name(trained), answer, warn))
+        _say_how_to_ask(wanted.address, served_name(trained))
+
+    return stay_with(wanted, (out_dir or trained.run or Path("runs") / trained.name) / LOG, ready, dry_run=dry_run)
+
+
+def _say_how_to_ask(address: str, name: str) -> None:
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "..."}]})
+    say("ask it, from another terminal:")
+    say(f"  curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+    say("Ctrl-C ends it")
+
+
+def _section(settings: Sequence[str]) -> VllmSection:
+    values: dict[str, Any] = {"vllm": {}}
+    for item in settings:
+        if not item.startswith("vllm."):
+            raise ConfigError("only keys of the vllm section can be set here", where=f"--set {item}")
+        override(values, item)
+    return vllm_section(values["vllm"])

@@ -1,6 +1,5 @@
 """Places that a configuration names, data and model: what the file system tells of them before a library reads them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from grpo_autotune.config.foreign_keys import peft_keys
 from grpo_autotune.errors import ConfigError, DataError, nearest_hint
-from grpo_autotune.files import is_file, is_folder
+from grpo_autotune.files import is_file, is_folder, read_mapping
 from grpo_autotune.registry import is_reference, names, source_of
 
 ADAPTER = "adapter_config.json"
@@ -63,11 +62,8 @@ def check_model_place(name: str) -> None:
     adapter = Path(name) / ADAPTER
     if is_file(adapter) and not is_file(adapter.with_name("config.json")):
         base = trained_adapter(name).get("base_model_name_or_path") or "its base model"
-        raise ConfigError(
-            f"{name} holds an adapter of {base}, and no model",
-            where="model.name_or_path",
-            fix=f"Write {base}; to go on from this adapter, write model.adapter: {name} beside it.",
-        )
+        fix = f"Write {base}; to go on from this adapter, write model.adapter: {name} beside it."
+        raise ConfigError(f"{name} holds an adapter of {base}, and no model", where="model.name_or_path", fix=fix)
     if name in names("model") or is_reference(name) or is_folder(name):
         return
     if is_file(name) or len(name) > MOST_OF_HUB_ID or not HUB_ID.fullmatch(name):
@@ -81,30 +77,20 @@ def check_model_place(name: str) -> None:
 
 def trained_adapter(folder: str) -> dict[str, Any]:
     """The configuration that PEFT saved with the adapter in `folder`; empty where none can be read."""
-    try:
-        values = json.loads((Path(folder).expanduser() / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return read_mapping(Path(folder).expanduser() / ADAPTER) or {}
 
 
 def check_same_adapter(peft: Mapping[str, Any] | None, folder: str) -> None:
     """ConfigError where there is no adapter in `folder`, or a `peft` section asks for another one than is there."""
     adapter = trained_adapter(folder)
     if not adapter:
-        raise ConfigError(
-            f"there is no {ADAPTER} in {folder}",
-            where="model.adapter",
-            fix="Give a folder that holds one, such as RUN_DIR/model.",
-        )
+        fix = "Give a folder that holds one, such as RUN_DIR/model."
+        raise ConfigError(f"there is no {ADAPTER} in {folder}", where="model.adapter", fix=fix)
     for name, asked in (peft or {}).items():
         has = adapter.get(name, peft_keys()[name].default_value())
         if not (_comparable(asked) == _comparable(has) or asked == "all-linear"):  # PEFT saves the names it stood for
-            raise ConfigError(
-                f"the adapter to go on from has {has}, and this is {asked}",
-                where=f"peft.{name}",
-                fix="Remove the peft section: the adapter brings its own.",
-            )
+            what = f"the adapter to go on from has {has}, and this is {asked}"
+            raise ConfigError(what, where=f"peft.{name}", fix="Remove the peft section: the adapter brings its own.")
 
 
 def _comparable(value: Any) -> Any:
@@ -116,21 +102,16 @@ def _splits(path: str) -> Sequence[str]:
     place, whole = Path(path), Path(path) / "dataset_dict.json"
     if path == "digits":
         return ("train", "test")
-    if is_file(whole):
-        try:
-            return tuple(map(str, json.loads(whole.expanduser().read_text(encoding="utf-8"))["splits"]))
-        except (OSError, ValueError, KeyError, TypeError):  # `datasets` will say what is wrong with it
-            return ()
+    if is_file(whole):  # `datasets` will say what is wrong with it
+        splits = (read_mapping(whole.expanduser()) or {}).get("splits")
+        return tuple(map(str, splits)) if isinstance(splits, list) else ()
     return ("train",) if is_file(place) or is_file(place / "state.json") else ()
 
 
 def _check_file(place: Path, where: str) -> None:
     if place.suffix.lower() not in FILE_BUILDERS:
-        raise ConfigError(
-            f"a file ending in {place.suffix or 'nothing'} cannot be read",
-            where=where,
-            fix=f"Accepted: {', '.join(FILE_BUILDERS)}.",
-        )
+        fix = f"Accepted: {', '.join(FILE_BUILDERS)}."
+        raise ConfigError(f"a file ending in {place.suffix or 'nothing'} cannot be read", where=where, fix=fix)
     if place.stat().st_size == 0:
         raise DataError("the file is empty", where=str(place))
 

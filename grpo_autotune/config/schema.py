@@ -24,11 +24,9 @@ from grpo_autotune.config.sections.data import DataSection
 from grpo_autotune.config.sections.fsdp import check_fsdp
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.config.sections.monitors import MonitorsSection
-from grpo_autotune.config.sections.output import OutputSection
 from grpo_autotune.config.sections.rewards import RewardItem
 from grpo_autotune.config.sections.sampled import EvalSampling, Resample, check_resample
-from grpo_autotune.config.sections.search import SearchSection
-from grpo_autotune.config.sections.section import Section
+from grpo_autotune.config.sections.section import OutputSection, SearchSection, Section
 from grpo_autotune.config.sections.speedups import SpeedUps, check_speedups
 from grpo_autotune.config.sections.vllm import VLLM_TO_TRL, VllmSection, check_engine_keys, engine_names
 from grpo_autotune.config.sources import read_source, resolve_source
@@ -63,11 +61,8 @@ PEFT_FIXED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_p
 
 def packed_at_server() -> ConfigError:
     """The error of a base in 4 bits whose weights would go to a server."""
-    return ConfigError(
-        "a vLLM server takes no weights of a base in 4 bits: they would be sent packed",
-        where="model.load_in_4bit",
-        fix="Set vllm.mode to colocate, or this to false.",
-    )
+    what = "a vLLM server takes no weights of a base in 4 bits: they would be sent packed"
+    return ConfigError(what, where="model.load_in_4bit", fix="Set vllm.mode to colocate, or this to false.")
 
 
 class RunConfig(Section):
@@ -161,11 +156,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.model.load_in_4bit and self.peft is None and self.model.adapter is None:
-            raise ConfigError(
-                "weights in 4 bits cannot be trained without an adapter",
-                where="model.load_in_4bit",
-                fix="Add a peft section.",
-            )
+            what = "weights in 4 bits cannot be trained without an adapter"
+            raise ConfigError(what, where="model.load_in_4bit", fix="Add a peft section.")
         if self.model.load_in_4bit and self.use_vllm and self.vllm.at_server:
             raise packed_at_server()
         if self.branches is not None:
@@ -296,11 +288,8 @@ def known_paths() -> list[str]:
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(
-            "a configuration is a mapping of sections",
-            where=where,
-            fix=f"Sections: {', '.join(RunConfig.model_fields)}.",
-        )
+        fix = f"Sections: {', '.join(RunConfig.model_fields)}."
+        raise ConfigError("a configuration is a mapping of sections", where=where, fix=fix)
     return values
 
 
@@ -317,11 +306,8 @@ def override(values: dict[str, Any], item: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(here, list):
             if not key.isdecimal() or int(key) >= len(here):
-                raise ConfigError(
-                    f"the list {'.'.join(keys[:depth])} has {len(here)} items",
-                    where=f"--set {path}",
-                    fix="Count from 0.",
-                )
+                what = f"the list {'.'.join(keys[:depth])} has {len(here)} items"
+                raise ConfigError(what, where=f"--set {path}", fix="Count from 0.")
             index: Any = int(key)
         elif isinstance(here, dict):
             index = key

@@ -1,6 +1,5 @@
 """The facts before a knob is applied: the configuration, the machine, the model's config.json, a probe's record."""
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.model import ModelSection
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.architectures import architecture
+from grpo_autotune.files import read_mapping
 from grpo_autotune.hardware import Machine
 from grpo_autotune.records.probe import ProbeRecord, TrainerFacts
 from grpo_autotune.registry import names
@@ -74,13 +74,7 @@ def stored_json(name: str, revision: str | None, file: str) -> Mapping[str, Any]
     path: Path | None = Path(name).expanduser() / file
     if path is not None and not path.is_file():
         path = cached_file(name, revision, file) if name.count("/") <= 1 and name not in names("model") else None
-    if path is None:
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return (path and read_mapping(path)) or {}
 
 
 def cached_file(name: str, revision: str | None, file: str) -> Path | None:

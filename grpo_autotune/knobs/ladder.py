@@ -11,7 +11,7 @@ from grpo_autotune.knobs.apply import GROUP, MICRO, Knobs, kind_of, knobs_of, sa
 from grpo_autotune.knobs.context import context_of
 from grpo_autotune.knobs.table import PROMPTS, Kind
 from grpo_autotune.knobs.values import divisors
-from grpo_autotune.records.ladder import Rung
+from grpo_autotune.records.alerts import Rung
 from grpo_autotune.speedups.selection import selections
 
 RANK, IMAGE, LENGTH = "peft.r", "data.image_size", "grpo.max_completion_length"

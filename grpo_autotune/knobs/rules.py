@@ -83,11 +83,6 @@ def continuous_rule(context: KnobContext, value: Any) -> str | None:
     return None
 
 
-def pin_rule(context: KnobContext, value: Any) -> str | None:
-    """Memory is pinned for a GPU."""
-    return "grpo.dataloader_pin_memory true needs a GPU" if value and context.gpus == 0 else None
-
-
 def worker_rule(context: KnobContext, value: Any) -> str | None:
     """Loader workers need cores."""
     cores = context.machine.cores if context.machine is not None else value

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grpo_autotune.config.foreign_keys import OWN_GRPO_KEYS, grpo_keys, peft_keys
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.config.sections.search import SearchSection
+from grpo_autotune.config.sections.section import SearchSection
 from grpo_autotune.errors import ConfigError, nearest_path
 from grpo_autotune.knobs import engine, engine_knobs, rules, values
 from grpo_autotune.knobs.context import KnobContext
@@ -80,6 +80,10 @@ def _prompts(config: RunConfig) -> int | None:
     return None if rest else whole
 
 
+def _both(_: KnobContext, own: Any) -> tuple[bool, bool]:
+    return values.switch(own)
+
+
 TABLE = (
     Knob("data.image_size", "learning", values.image_sizes, rules.image_rule,
          why="an image's tokens go with the square of its longest side"),
@@ -90,7 +94,7 @@ TABLE = (
          why="fewer, larger calls; accumulation follows, so that a step trains on the same completions"),
     Knob("vllm.gpu_memory_utilization", "exact", engine_knobs.memory_shares, engine_knobs.memory_share_rule,
          read=engine.share_of, why="memory for the engine's keys and values, taken from the trainer"),
-    Knob("grpo.gradient_checkpointing", "exact", values.switches,
+    Knob("grpo.gradient_checkpointing", "exact", _both,
          why="activations are kept instead of computed twice"),
     Knob("model.attn_implementation", "exact", values.kernels, rules.kernel_rule,
          why="the kernel that computes attention"),
@@ -104,11 +108,11 @@ TABLE = (
     Knob("vllm.weight_sync", "exact", engine_knobs.syncs, engine_knobs.sync_rule,
          why="an adapter is sent in no time and costs at every token; merged weights are sent whole and cost nothing "
          "then"),
-    Knob("vllm.enable_prefix_caching", "exact", values.switches, engine_knobs.colocate_rule, searched=False,
+    Knob("vllm.enable_prefix_caching", "exact", _both, engine_knobs.colocate_rule, searched=False,
          why="a group's prompt is prefilled once"),
-    Knob("vllm.enable_chunked_prefill", "exact", values.switches, engine_knobs.chunked_rule, searched=False,
+    Knob("vllm.enable_chunked_prefill", "exact", _both, engine_knobs.chunked_rule, searched=False,
          why="long prompts are prefilled beside the tokens of others"),
-    Knob("vllm.enforce_eager", "exact", values.switches, engine_knobs.colocate_rule, searched=False,
+    Knob("vllm.enforce_eager", "exact", _both, engine_knobs.colocate_rule, searched=False,
          why="no graphs and no compilation: a shorter start, slower tokens"),
     Knob("vllm.speculative_config", "exact", engine_knobs.speculations, engine_knobs.speculation_rule,
          reach=("generation",),
@@ -124,7 +128,9 @@ TABLE = (
          why="a cache of fixed size, over which `generate` is compiled; no prompt is shared in it"),
     Knob("grpo.use_transformers_continuous_batching", "exact", values.continuous, rules.continuous_rule,
          reach=("generation",), why="`generate` fills the place of a completion that has ended, and pages its cache"),
-    Knob("grpo.dataloader_pin_memory", "exact", values.pinning, rules.pin_rule, searched=False, reach=("data",),
+    Knob("grpo.dataloader_pin_memory", "exact", lambda context, own: values.switch(own) if context.gpus else (own,),
+         lambda context, value: "grpo.dataloader_pin_memory true needs a GPU" if value and not context.gpus else None,
+         searched=False, reach=("data",),
          why="rows pass through memory that a GPU can read by itself, on a thread of their own"),
     Knob(WORKERS, "exact", values.workers, rules.worker_rule, reach=("data",),
          why="rows are read and images decoded beside the step"),
@@ -134,7 +140,7 @@ TABLE = (
          why="fewer kernels per step, for a compilation at the start and at every new shape"),
     *(Knob(key, "exact", partial(zero_values, key), partial(zero_rule, key), partial(zero_value, key), why=why)
       for key, why in ZERO_KNOBS.items()),
-    Knob("speedups", "exact", values.speed_ups,
+    Knob("speedups", "exact", lambda _, own: (own, "none" if own == "auto" else "auto"),
          why="work that TRL does twice is done once"),
     Knob("vllm.kv_cache_dtype", "learning", engine_knobs.eight_bits, engine_knobs.cache_type_rule, searched=False,
          why="keys and values in 8 bits: twice as many completions at once, sampled a little differently"),
@@ -151,9 +157,11 @@ TABLE = (
     Knob("grpo.steps_per_generation", "learning", values.steps_per_generation,
          read=lambda config: config.batch.steps_per_generation, searched=False,
          why="completions generated at a time, in the user's own micro steps; the later ones are from an older policy"),
-    Knob("grpo.num_iterations", "learning", values.iterations, searched=False,
+    Knob("grpo.num_iterations", "learning", lambda _, own: (own, *(n for n in (1, 2) if n != own)), searched=False,
          why="how often each completion is trained on"),
-    Knob("model.load_in_4bit", "learning", values.precisions, rules.four_bit_rule, searched=False,
+    Knob("model.load_in_4bit", "learning",
+         lambda context, own: values.switch(own) if context.config.lora is not None and context.gpus else (own,),
+         rules.four_bit_rule, searched=False,
          why="base weights in 4 bits: less memory, more arithmetic"),
     Knob(PROMPTS, "learning", values.prompts_per_step, read=_prompts, searched=False,
          why="distinct prompts per optimizer step; accumulation follows"),

@@ -58,16 +58,6 @@ def switch(own: Any) -> tuple[bool, bool]:
     return (True, False) if own else (False, True)
 
 
-def switches(context: KnobContext, own: Any) -> tuple[bool, bool]:
-    """The user's own, and the other, on any machine."""
-    return switch(own)
-
-
-def pinning(context: KnobContext, own: bool) -> tuple[bool, ...]:
-    """Both on a GPU."""
-    return switch(own) if context.gpus else (own,)
-
-
 def caches(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
     """The user's own, and on a GPU the one that `generate` is compiled over."""
     return (own, *(name for name in ("static",) if context.gpus and name != own and not cache_rule(context, name)))
@@ -107,19 +97,9 @@ def steps_per_generation(context: KnobContext, own: int) -> tuple[int, ...]:
     return tuple(steps for steps in _near(own) if steps * device % plan.num_generations == 0)
 
 
-def iterations(context: KnobContext, own: int) -> tuple[int, ...]:
-    """The user's own, one and two."""
-    return (own, *(n for n in (1, 2) if n != own))
-
-
 def betas(context: KnobContext, own: float) -> tuple[float, ...]:
     """The user's own, and 0, where no branches need it: no reference pass is made then."""
     return (own,) if own == 0 or context.config.branches is not None else (own, 0.0)
-
-
-def precisions(context: KnobContext, own: bool) -> tuple[bool, ...]:
-    """Both, where 4-bit weights can be trained on."""
-    return switch(own) if context.config.lora is not None and context.gpus else (own,)
 
 
 def concurrencies(place: int, context: KnobContext, own: int | None) -> tuple[int | None, ...]:
@@ -132,11 +112,6 @@ def concurrencies(place: int, context: KnobContext, own: int | None) -> tuple[in
             others = (max(1, now // 2),) if one.rate_limited else (min(n * now, plan.generation_batch) for n in (2, 4))
             return unique((own, *(n for n in others if one.rate_limited or n > now)))
     return (own,)
-
-
-def speed_ups(context: KnobContext, own: Any) -> tuple[Any, ...]:
-    """The user's own, and all that apply; beside `auto`, none."""
-    return (own, "none") if own == "auto" else (own, "auto")
 
 
 def unique(values: Iterable[Any]) -> tuple[Any, ...]:

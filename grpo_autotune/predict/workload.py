@@ -19,10 +19,10 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.estimate.cost import WorkFacts, facts_from_records
 from grpo_autotune.estimate.engine import BYTES, FLOAT_BYTES
-from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import PIXEL_BYTES, Sizes
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.estimate.sharding import MASTER_BYTES, sent_bytes, shares_of
+from grpo_autotune.estimate.vision_shapes import image_tokens
 from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import engine, knobs_of
 from grpo_autotune.knobs.apply import same_value

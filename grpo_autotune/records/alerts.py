@@ -1,9 +1,10 @@
-"""The alerts of a training's monitors, `alerts.jsonl`, and the numbers in a line of its log."""
+"""The alerts of a training's monitors, `alerts.jsonl`, the rungs that it went down where memory ran out,
+`ladder.jsonl`, and the numbers in a line of its log."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo_autotune.records.base import Frozen
 from grpo_autotune.units import listing, plural
@@ -58,3 +59,36 @@ def number(row: Mapping[str, Any], key: str) -> float | None:
     """A finite number of a log line; None where it has none of that name."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+
+
+LADDER_FILE = "ladder.jsonl"
+
+
+class Rung(Alert):
+    """One rung down: the alert of memory that ran out, `value` of `limit` bytes held, in `step` (0: before the first),
+    and what was changed."""
+
+    monitor: str = "out_of_memory"
+    metric: str = "memory"
+    unit: str = "bytes"
+    action: str = "ladder"
+    knobs: dict[str, Any]  # key path -> value from here on; what follows from it (accumulation) is not named
+    before: dict[str, Any]  # the values until then
+    kind: Literal["exact", "learning"]
+
+    @property
+    def change(self) -> str:
+        """The change in words."""
+        changed = {key: value for key, value in self.knobs.items() if value != self.before[key]}
+        return ", ".join(f"{key} {self.before[key]} -> {value}" for key, value in changed.items())
+
+    def alert(self) -> Alert:
+        """The alert alone, as reports, pages and `watch` show it."""
+        return Alert.model_validate(self.model_dump(include=set(Alert.model_fields)))
+
+
+def load_rungs(folder: Path) -> list[Rung]:
+    """The rungs of a run, in order; none where it took none."""
+    path = folder / LADDER_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [Rung.model_validate_json(line) for line in lines]

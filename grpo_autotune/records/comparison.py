@@ -1,12 +1,11 @@
 """The types of `compare --json`. Times are seconds; `docs/compare.md` explains every key."""
 
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
 
-SCHEMA: Final = "grpo-autotune/compare/1"
 Word = Literal["faster", "slower", "within noise"]
 
 
@@ -36,7 +35,7 @@ class Pair(Frozen):
 class Comparison(Document):
     """Runs held against one of them, the baseline."""
 
-    schema_: Literal["grpo-autotune/compare/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/compare/1"] = Field(default="grpo-autotune/compare/1", alias="schema")
     confidence: float
     baseline: str
     pairs: list[Pair]

@@ -1,12 +1,10 @@
 """The types of `data --json`; `docs/data.md` explains every key."""
 
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
-
-SCHEMA: Final = "grpo-autotune/data/1"
 
 
 class ShownImage(Frozen):
@@ -39,7 +37,7 @@ class ReferenceScores(Frozen):
 class DataView(Document):
     """A configuration's data as the model will see it, and scores of its reference answers."""
 
-    schema_: Literal["grpo-autotune/data/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/data/1"] = Field(default="grpo-autotune/data/1", alias="schema")
     source: str  # `data.path`
     rows: int  # to train on; of a mixture or of branches with shares, those of an epoch
     held_out: dict[str, int]  # rows by set; one that is not named has an empty name

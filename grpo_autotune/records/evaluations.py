@@ -16,7 +16,6 @@ from grpo_autotune.records.alerts import Log, number
 from grpo_autotune.records.base import Document, Frozen
 
 EVALUATIONS_FILE = "evaluations.jsonl"
-SCHEMA: Literal["grpo-autotune/checkpoints/1"] = "grpo-autotune/checkpoints/1"
 NO_VALUES = ("kind", "step", "time", "epoch")
 """Keys of a log line that are no measurement."""
 
@@ -84,7 +83,7 @@ class SavedRow(Frozen):
 class CheckpointList(Document):
     """The checkpoints of a run, ranked; the best first."""
 
-    schema_: Literal["grpo-autotune/checkpoints/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/checkpoints/1"] = Field(default="grpo-autotune/checkpoints/1", alias="schema")
     run: str
     strategy: str | None
     metric: str | None  # name in `train_log.jsonl`

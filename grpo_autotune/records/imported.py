@@ -5,9 +5,8 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
-from grpo_autotune.records.report import Advice
+from grpo_autotune.records.report import Advice, Change
 
-SCHEMA: Final = "grpo-autotune/imported/1"
 EXPORTED: Final = "grpo-autotune/exported/1"
 
 Verdict = Literal["same", "converted", "changes", "none", "speed"]
@@ -47,7 +46,7 @@ class ImportedRow(Frozen):
 class Imported(Document):
     """One imported configuration. Batch sizes are completions unless they are named prompts."""
 
-    schema_: Literal["grpo-autotune/imported/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/imported/1"] = Field(default="grpo-autotune/imported/1", alias="schema")
     file: str
     source: str  # the framework, as `--from` has it: `verl`, `ms-swift`
     version: str  # version whose defaults were taken
@@ -61,12 +60,8 @@ class Imported(Document):
     files: dict[str, str] = {}  # name -> text of files that belong beside it, such as a reward's adapter
 
 
-class ExportedKey(Frozen):
-    """A key of the framework that was written."""
-
-    key: str
-    before: Any  # as the framework had it, its default where the file left it out
-    after: Any
+class ExportedKey(Change):
+    """A key of the framework that was written; it had its default before where the file left it out."""
 
     def __str__(self) -> str:
         return f"{self.key} {'unset' if self.before is None else self.before} -> {self.after}"
@@ -94,7 +89,6 @@ class Exported(Document):
     text: str
 
 
-LOG_SCHEMA: Final = "grpo-autotune/log/1"
 TRAINING_PASS = "training pass"  # the training forward, backward and optimizer in one timer
 ATOMS = (  # stages and parts of stages that a log can tell or keep to itself; `other` is what is left
     *("generation", "policy_logprob.old_policy", "policy_logprob.training_forward", "reference_logprob", "reward"),
@@ -127,7 +121,7 @@ class LogReport(Document):
     """Seconds by stage of another framework's run. A step is what the log counts: a rollout with all of its optimizer
     steps in verl and EasyR1, an optimizer step elsewhere. Where the steps cannot be split, `stages` is empty."""
 
-    schema_: Literal["grpo-autotune/log/1"] = Field(default=LOG_SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/log/1"] = Field(default="grpo-autotune/log/1", alias="schema")
     file: str
     framework: str  # in words: `verl`, `TRL`
     counted: str  # what a step is: `rollout`, `optimizer step`

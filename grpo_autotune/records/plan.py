@@ -1,12 +1,10 @@
 """The types of `plan --json`. Times are seconds, sizes bytes, shares 0 to 1; `docs/plan.md` explains every key."""
 
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
-
-SCHEMA: Final = "grpo-autotune/plan/1"
 
 
 class Figure(NamedTuple):
@@ -59,7 +57,7 @@ class Pass(NamedTuple):
 class Plan(Document):
     """The plan of one run."""
 
-    schema_: Literal["grpo-autotune/plan/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/plan/1"] = Field(default="grpo-autotune/plan/1", alias="schema")
     confidence: float
     source: str
     notes: list[str]

@@ -1,6 +1,6 @@
 """The types of `report.json`. Times are seconds, sizes bytes, shares 0 to 1; `docs/report.md` explains every key."""
 
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -20,8 +20,6 @@ from grpo_autotune.records.probe import (
 )
 from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.records.rollout import EngineFacts, Fidelity
-
-SCHEMA: Final = "grpo-autotune/report/1"
 
 Kind = Literal["exact", "learning"]
 
@@ -131,7 +129,7 @@ class Ranks(Frozen):
 class Report(Document):
     """The report of one probe; `docs/report.md` explains every key."""
 
-    schema_: Literal["grpo-autotune/report/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/report/1"] = Field(default="grpo-autotune/report/1", alias="schema")
     step_s: float
     step_spread_s: float
     steps: list[int]

@@ -1,12 +1,10 @@
 """The record of calls that a reward over a network made. Times are seconds."""
 
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from grpo_autotune.records.base import Document, Frozen
-
-SCHEMA: Final = "grpo-autotune/rewards/1"
 
 
 class CallTimes(Frozen):
@@ -52,6 +50,6 @@ class RemoteCalls(Frozen):
 class Sweep(Document):
     """The JSON of `probe --rewards-only`: calls of each reward with 1, 2, 4, ... of them at once."""
 
-    schema_: Literal["grpo-autotune/rewards/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/rewards/1"] = Field(default="grpo-autotune/rewards/1", alias="schema")
     source: str  # of the texts that were scored
     settings: list[RemoteCalls]

@@ -1,6 +1,6 @@
 """The types of `search.json`. Times are seconds, sizes bytes; `docs/search.md` explains every key."""
 
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -8,8 +8,6 @@ from grpo_autotune.records.base import Document, Frozen
 from grpo_autotune.records.probe import OtherLoad
 from grpo_autotune.records.report import Change, Kind
 from grpo_autotune.records.trial import Progress, Status, TrialSpec
-
-SCHEMA: Final = "grpo-autotune/search/1"
 
 Ended = Literal["budget", "exhausted", "interrupted", "prediction", "failing"]
 """Reason for the end of a search: time was up; nothing left could win; Ctrl-C; it only predicted (`--budget 0`); or
@@ -135,7 +133,7 @@ class SearchProgress(NamedTuple):
 class SearchReport(Document):
     """Everything one search has to say."""
 
-    schema_: Literal["grpo-autotune/search/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/search/1"] = Field(default="grpo-autotune/search/1", alias="schema")
     ended: Ended
     why_ended: str
     baseline: Candidate  # the user's configuration

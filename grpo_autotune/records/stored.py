@@ -7,17 +7,17 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.base import Frozen
+from grpo_autotune.records.base import Document
 
-Stored = TypeVar("Stored", bound=Frozen)
+Stored = TypeVar("Stored", bound=Document)
 
 
-def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, written_by: str, again: str) -> Stored:
-    """Read the record in a JSON file whose key `schema` must name the only schema that this version reads.
+def read_stored(path: Path, kind: type[Stored], *, absent: str, written_by: str, again: str) -> Stored:
+    """Read the record in a JSON file whose key `schema` must name that of its `kind`.
 
     Errors say `absent` where there is no file, `written_by` for the command that writes one, and `again` as the remedy
     for a file that cannot be used."""
-    where = str(path)
+    where, schema = str(path), kind.schema_name()
     if not path.is_file():
         raise ConfigError(absent, where=where, fix=f"{written_by} writes one.")
     try:
@@ -26,9 +26,6 @@ def read_stored(path: Path, kind: type[Stored], schema: str, *, absent: str, wri
     except (ValueError, RecursionError) as problem:
         raise ConfigError("this is not a JSON file", where=where, fix=again) from problem
     name = data.get("schema") if isinstance(data, dict) else None
-    if str(name).startswith("grpo-autotune/log/") and not schema.startswith("grpo-autotune/log/"):
-        fix = "`grpo-autotune import LOG` prints one, `compare` holds it against others."
-        raise ConfigError("this is the report of a log", where=where, fix=fix)
     if name != schema:
         raise ConfigError(f"the report has the schema {name!r}, this version reads {schema!r}", where=where, fix=again)
     try:

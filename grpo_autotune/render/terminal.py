@@ -14,7 +14,7 @@ from grpo_autotune.records.report import Advice, PartRow, Ranks, Report, StageRe
 from grpo_autotune.render.remote import remote_parts
 from grpo_autotune.render.rollouts import rollout_lines
 from grpo_autotune.render.sentences import facts_lines, header_lines, legend, startup_line
-from grpo_autotune.render.text import as_text, section
+from grpo_autotune.render.text import as_text, section, table_of
 from grpo_autotune.units import percent, seconds, size
 
 BAR_CELLS = 16
@@ -115,9 +115,8 @@ def _stage_cells(row: StageReport, with_limit: bool) -> list[str]:
 
 def rank_table(report: Report) -> Table:
     """One row per stage: the mean of the ranks, and the longest."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("stage", "mean of ranks", "longest", "on"):
-        table.add_column(title, justify="left" if title == "stage" else "right", no_wrap=True)
+    columns = ("mean of ranks", "longest", "on")
+    table = table_of("stage", *columns, right=columns)
     for row in report.ranks.stages if report.ranks else []:
         if row.slowest_s > 0.0:
             which = f"rank {row.slowest_rank}" if row.slowest_s > EVEN_RANKS * row.mean_s else "all alike"
@@ -127,9 +126,8 @@ def rank_table(report: Report) -> Table:
 
 def each_rank_table(ranks: Ranks) -> Table:
     """One row per rank: its step, its own work, its wait; of many ranks those that work longest."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("rank", "step", "works", "waits"):
-        table.add_column(title, justify="right", no_wrap=True)
+    columns = ("rank", "step", "works", "waits")
+    table = table_of(*columns, right=columns)
     longest = sorted(ranks.rows, key=lambda row: -row.compute_s)[:MOST_RANKS]
     for row in sorted(longest, key=lambda row: row.rank):
         table.add_row(str(row.rank), seconds(row.step_s), seconds(row.compute_s), seconds(row.wait_s))

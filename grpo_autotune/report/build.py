@@ -5,13 +5,13 @@ import statistics
 from grpo_autotune.advice.bound import bound, warnings
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.advice.judge import judge
-from grpo_autotune.advice.ranks import excesses
+from grpo_autotune.advice.observed import stragglers
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Ceilings, Machine
 from grpo_autotune.predict.objective import run_steps, useful_completions
 from grpo_autotune.probe.breakdown import break_down
 from grpo_autotune.records.probe import ProbeRecord, RankTimings, StageRow, cycle_means, seconds_once
-from grpo_autotune.records.report import PartRow, RankRow, Ranks, RankStage, Rates, Report, StageReport, Straggler
+from grpo_autotune.records.report import PartRow, RankRow, Ranks, RankStage, Rates, Report, StageReport
 from grpo_autotune.records.rewards import RemoteCalls
 from grpo_autotune.report.limits import limits_of
 from grpo_autotune.report.metrics import flat_metrics
@@ -148,11 +148,7 @@ def _ranks(rows: list[RankTimings], step_s: float) -> Ranks | None:
         slowest = max(spent, key=lambda rank: spent[rank])
         mean_s = statistics.fmean(spent.values())
         stages.append(RankStage(name=name, mean_s=mean_s, slowest_s=spent[slowest], slowest_rank=slowest))
-    stragglers = [
-        Straggler(rank=e.rank, extra_s=e.extra_s, stage=e.stage, others_wait_s=e.others_wait_s)
-        for e in excesses(rows)
-        if e.extra_s > STRAGGLER_SHARE * step_s
-    ]
+    named = [one for one, _ in stragglers(rows) if one.extra_s > STRAGGLER_SHARE * step_s]
     waits = [(row, row.stages.get("sync_wait", 0.0)) for row in rows]
     each = [RankRow(rank=row.rank, step_s=row.step_s, compute_s=row.step_s - s, wait_s=s) for row, s in waits]
-    return Ranks(world_size=len(rows), stages=stages, rows=each, stragglers=stragglers)
+    return Ranks(world_size=len(rows), stages=stages, rows=each, stragglers=named)

@@ -7,7 +7,8 @@ from typing import Any
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import full_disk_told, write_whole
-from grpo_autotune.records.report import SCHEMA, Report
+from grpo_autotune.records.imported import LogReport
+from grpo_autotune.records.report import Report
 from grpo_autotune.records.stored import read_stored
 
 REPORT_FILE = "report.json"
@@ -42,10 +43,21 @@ def load_report(source: str | Path) -> Report:
     another version of the schema wrote it."""
     path = Path(source)
     path = path / REPORT_FILE if path.is_dir() else path
+    if is_log_report(path):
+        fix = "`grpo-autotune import LOG` prints one, `compare` holds it against others."
+        raise ConfigError("this is the report of a log", where=str(path), fix=fix)
     begun = any((path.parent / name).exists() for name in UNDER_WAY)
     absent = "this run has no report yet: it is under way, or was killed" if begun else "there is no report here"
     words = {"absent": absent, "written_by": "The end of a run" if begun else "`grpo-autotune probe`"}
-    return read_stored(path, Report, SCHEMA, **words, again="Probe again.")
+    return read_stored(path, Report, **words, again="Probe again.")
+
+
+def is_log_report(path: Path) -> bool:
+    """True for a file that `import LOG --out` wrote, of whatever version."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return LogReport.schema_name().rpartition("/")[0].encode() in file.read(100)
 
 
 def load_log(folder: Path) -> list[dict[str, Any]]:

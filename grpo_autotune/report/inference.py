@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from grpo_autotune.records.evaluations import half_interval
-from grpo_autotune.records.inference import TOTAL, Completion, Inference, Score, Settings
+from grpo_autotune.records.trained import TOTAL, Completion, Inference, Score, Settings
 
 CONFIDENCE = 0.95
 

@@ -2,20 +2,24 @@
 
 A run that was killed while saving leaves a torn folder. `survey` finds the newest whole one beneath it, in a folder
 of `checkpoint-<step>` folders as transformers names them. A checkpoint that plain transformers wrote has no marker:
-it counts as whole when what a resumed run loads from it opens.
+it counts as whole when what a resumed run loads from it opens. Relative links name checkpoints: `best` and `last` in
+the run folder, and `epoch-7` beside `checkpoint-70`.
 """
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from grpo_autotune.files import write_whole
+from grpo_autotune.console import warn
+from grpo_autotune.files import read_mapping, write_whole
 
 MARKER = "complete.json"
 TORN_PREFIX = "torn-"
@@ -60,7 +64,7 @@ def seal(folder: Path, world_size: int, completions: int, earlier: Iterable[int]
 def batch_of(folder: Path) -> tuple[int, list[int]]:
     """Completions per step of the run that saved a checkpoint, and the numbers of processes that it has had; 0 and none
     where it has no marker of ours."""
-    batch = (_read_json(folder / MARKER) or {}).get("batch", {})
+    batch = (read_mapping(folder / MARKER) or {}).get("batch", {})
     return batch.get("completions", 0), batch.get("processes", [])
 
 
@@ -73,7 +77,7 @@ class SavedBy(NamedTuple):
 
 def saved_by(folder: Path) -> SavedBy:
     """The processes that saved a checkpoint, as its files tell."""
-    told = (_read_json(folder / MARKER) or {}).get("world_size", 1)
+    told = (read_mapping(folder / MARKER) or {}).get("world_size", 1)
     if parts := list(folder.glob("global_step*/*_optim_states.pt")):
         whole = any(folder.glob("global_step*/mp_rank_*_model_states.pt"))
         return SavedBy("ZeRO-1 or 2" if whole else "ZeRO-3", len(parts))
@@ -96,7 +100,7 @@ def set_aside(checkpoint: Checkpoint) -> Path:
 
 def find_flaw(folder: Path) -> str | None:
     """The reason why a checkpoint cannot be resumed from, in a few words; None when it is whole."""
-    marker = _read_json(folder / MARKER)
+    marker = read_mapping(folder / MARKER)
     return _sealed_flaw(folder, marker) if marker else _plain_flaw(folder)
 
 
@@ -114,7 +118,7 @@ def _sealed_flaw(folder: Path, marker: dict[str, Any]) -> str | None:
 
 def _plain_flaw(folder: Path) -> str | None:
     """Judge a folder without a marker: `trainer_state.json` is the last file that transformers writes."""
-    if _read_json(folder / "trainer_state.json") is None:
+    if read_mapping(folder / "trainer_state.json") is None:
         return "trainer_state.json is missing or cut short"
     if _sharded(folder):
         return None
@@ -131,7 +135,7 @@ def _plain_flaw(folder: Path) -> str | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     for name in _INDEXES:
-        index = _read_json(folder / name)
+        index = read_mapping(folder / name)
         if index is not None:
             return [folder / shard for shard in sorted(set(index.get("weight_map", {}).values()))]
     return [folder / name for name in _WEIGHTS if (folder / name).is_file()][:1]
@@ -152,9 +156,43 @@ def _sharded(folder: Path) -> bool:
     return any(path.is_dir() for pattern in _SHARDED_OPTIMIZER for path in folder.glob(pattern))
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+_refused: set[Path] = set()
+"""Folders whose file system has no links, as was said once."""
+
+
+def kept_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a folder whose weights can be used, by step, the newest first."""
+    return {one.step: one.path for one in survey(folder) if one.flaw in (None, WEIGHTS_ONLY)}
+
+
+def link(place: Path, target: Path | None) -> None:
+    """Let `place` point to a folder, or to nothing; what is there and is no link stays."""
+    if place.parent in _refused or (place.exists() and not place.is_symlink()):
+        return
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        draft = place.with_name(f".{place.name}.link")
+        draft.unlink(missing_ok=True)
+        if target is None:
+            place.unlink(missing_ok=True)
+        else:
+            draft.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
+            draft.replace(place)
+    except OSError as error:
+        _refused.add(place.parent)
+        warn(f"no links to checkpoints in {place.parent} ({error.strerror}): name them as checkpoint-STEP")
+
+
+def link_epoch(checkpoint: Path, epoch: float | None) -> None:
+    """Name a checkpoint by its epoch too, where that is whole, and remove names whose checkpoints are gone."""
+    if epoch and abs(epoch - round(epoch)) < 1e-6:
+        link(checkpoint.with_name(f"epoch-{round(epoch)}"), checkpoint)
+    for name in checkpoint.parent.glob("epoch-*"):
+        if name.is_symlink() and not name.exists():
+            with suppress(OSError):
+                name.unlink()
+
+
+def links_to(checkpoint: Path, run: Path) -> list[str]:
+    """The names of links to a checkpoint."""
+    places = [run / "best", run / "last", *sorted(checkpoint.parent.glob("epoch-*"))]
+    return [place.name for place in places if place.is_symlink() and place.resolve() == checkpoint.resolve()]

@@ -31,11 +31,8 @@ def with_kept_batch(config: RunConfig, folder: RunFolder, say: Callable[[str], N
     keys = accumulated(config, before)
     had = f"the run had {plural(before, 'rank')} and {completions} completions per step"
     if keys is None:
-        raise ConfigError(
-            f"{had}, which accumulation cannot keep on {plan.processes}",
-            where="grpo.gradient_accumulation_steps",
-            fix=_remedy(plan, completions),
-        )
+        what = f"{had}, which accumulation cannot keep on {plan.processes}"
+        raise ConfigError(what, where="grpo.gradient_accumulation_steps", fix=_remedy(plan, completions))
     say(f"{had}; as many for the same prompts on {plan.processes}: {_told(keys)} (their answers are drawn anew)")
     return config.model_copy(update={"grpo": {**config.grpo, **keys}})
 

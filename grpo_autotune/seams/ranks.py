@@ -2,11 +2,25 @@
 
 Each forward of a sharded module (ZeRO-3, FSDP2) gathers its weights from all ranks, and each backward pass adds up
 gradients of all: a rank that left one out would leave the others waiting. So whatever a rank decides by its own rows is
-agreed first, in one small collective; ranks that share nothing agree with themselves.
+agreed first, in one small collective; ranks that share nothing agree with themselves. An error can end a pass on one
+rank alone, while others wait in the middle of it: it is told past the collectives, by the store at `MASTER_ADDR` that
+launchers set up for `torch.distributed` (torchrun's agent, or rank 0 itself).
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from typing import Any
+
+from grpo_autotune.errors import TrainingError
+
+WAIT_S = 30.0
+"""Seconds that a rank whose pass ended by an error waits for the end of it on the others."""
+CONNECT_S = 120.0
+
+_passes = itertools.count()  # as many on all ranks
 
 
 def sharded(trainer: Any) -> bool:
@@ -47,6 +61,71 @@ def most(numbers: Sequence[int], trainer: Any, in_step: bool) -> list[int]:
     return [int(number) for number in told.tolist()]
 
 
-def any_of(trainer: Any, in_step: Callable[[Any], bool] = forward_in_step) -> Callable[[bool], bool]:
-    """A function that is true on all ranks where its argument is true on one of them, as `most`."""
-    return lambda flag: bool(most([flag], trainer, in_step(trainer))[0])
+class InStep:
+    """The ranks of a trainer, which agree while they are in step (`when`)."""
+
+    def __init__(self, trainer: Any, when: Callable[[Any], bool] = forward_in_step) -> None:
+        self._trainer, self._when = trainer, when
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks where `flag` is true on one of them, as `most`."""
+        return bool(most([flag], self._trainer, self._when(self._trainer))[0])
+
+    def passing(self) -> AbstractContextManager[None]:
+        """`passing` of this trainer."""
+        return passing(self._trainer) if self._when(self._trainer) else nullcontext()
+
+
+@contextmanager
+def passing(trainer: Any) -> Iterator[None]:
+    """A pass that all ranks compute, and that an error ends on all of them or on none.
+
+    One that not all share is a TrainingError, which ends the run, where others may wait in the middle of the pass: they
+    do not come to its end in `WAIT_S`, or hold parts of the weights. Memory that ran out stays an error of its own."""
+    try:
+        yield
+    except TrainingError:
+        raise  # it ends the run
+    except Exception as error:
+        _tell(trainer, error)
+        raise
+    _tell(trainer, None)
+
+
+def _tell(trainer: Any, error: Exception | None) -> None:
+    """Tell the others how the pass ended here, and raise what holds for all."""
+    from torch import OutOfMemoryError
+    from torch.distributed import DistStoreError
+
+    ranks, number = range(trainer.accelerator.num_processes), next(_passes)
+    if len(ranks) == 1:
+        return
+    store, keys = store_of("passes"), [f"{number} {rank}" for rank in ranks]
+    what = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    store.set(keys[trainer.accelerator.process_index], what)
+    if isinstance(error, OutOfMemoryError) and sharded(trainer):
+        return  # nobody goes on from it
+    with suppress(DistStoreError):
+        store.wait(keys, timedelta(seconds=WAIT_S if error else trainer.args.ddp_timeout))
+    ended = {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
+    rank, what = next(((rank, what) for rank, what in ended.items() if what), (0, ""))
+    if not what:
+        return
+    memory = what.startswith(OutOfMemoryError.__name__)
+    if len(ended) < len(ranks) or (sharded(trainer) and not memory and "" in ended.values()):
+        alone = f"rank {rank} failed alone where ranks wait for each other: {what}"
+        fix = "Leave out the speed-up that fails, or take speedups: none."
+        raise TrainingError(alone, where="speedups", fix=fix) from error
+    if error is None:
+        raise (OutOfMemoryError if memory else RuntimeError)(f"rank {rank}: {what}")
+
+
+def store_of(name: str) -> Any:
+    """The store in which ranks tell each other something, under a name, since they were started."""
+    import torch.distributed
+
+    stores: Any = torch.distributed
+    place, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=CONNECT_S)
+    store = stores.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=wait)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store
+    return stores.PrefixStore(f"grpo_autotune/{name}/{start}", store)

@@ -73,11 +73,9 @@ def check_sharded(trainer: Any) -> Sharding | None:
         return shared
     device = trainer.accelerator.device.type
     why = f"accelerate shards by FSDP on GPUs alone, and this trains on {device}. " if "fsdp" in asked.lower() else ""
-    raise EnvironmentProblem(
-        f"sharding was asked for, and each of {ranks} processes holds the whole model and its optimizer's state",
-        where=asked,
-        fix=f"{why}Remove it to train with whole copies, or use grpo.deepspeed.",
-    )
+    what = f"sharding was asked for, and each of {ranks} processes holds the whole model and its optimizer's state"
+    fix = f"{why}Remove it to train with whole copies, or use grpo.deepspeed."
+    raise EnvironmentProblem(what, where=asked, fix=fix)
 
 
 def _share(weights: Iterable[Any]) -> float:

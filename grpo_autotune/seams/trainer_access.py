@@ -24,6 +24,13 @@ def compute_dtype(trainer: Any) -> str:
     return str(trainer.model.dtype).removeprefix("torch.")
 
 
+def has_fused_head() -> bool:
+    """True if this TRL's models compute log-probs themselves, as since 1.15."""
+    from trl.trainer import utils
+
+    return hasattr(utils, "add_fused_lm_head")
+
+
 def end_tokens(trainer: Any) -> list[int]:
     """The tokens that end a completion; before TRL 1.14 the tokenizer's alone."""
     ends: list[int] | None = getattr(trainer, "eos_token_ids", None)
@@ -66,3 +73,10 @@ def image_tokens(processor: Any, width: int, height: int) -> int | None:
     if count is None or "image_grid_thw" not in images.model_input_names:
         return None
     return int(count(height, width, {})) // getattr(images, "merge_size", 1) ** 2
+
+
+def towers_of(model: Any) -> Iterator[Any]:
+    """Vision towers of Qwen-VL's kind: called with patches and a grid, they merge squares of patches into tokens."""
+    for module in model.modules():
+        if hasattr(module, "patch_embed") and hasattr(module, "merger") and hasattr(module, "spatial_merge_size"):
+            yield module

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.base import Frozen
-from grpo_autotune.records.search import SCHEMA, SearchReport
+from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.stored import read_stored
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.units import hms
@@ -118,7 +118,7 @@ def load_search(source: Path) -> SearchReport:
     or another version of the schema wrote it."""
     path = source / SEARCH_FILE if source.is_dir() else source
     texts = {"absent": "there is no search here", "written_by": "`grpo-autotune search`", "again": "Search again."}
-    return read_stored(path, SearchReport, SCHEMA, **texts)
+    return read_stored(path, SearchReport, **texts)
 
 
 def fingerprint(text: str) -> str:

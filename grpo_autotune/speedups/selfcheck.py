@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams.ranks import InStep
 from grpo_autotune.speedups.base import Installed
 
 Values = Callable[[], torch.Tensor]
@@ -29,11 +31,12 @@ FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribute
 
 
 class SelfCheck:
-    """The decision whether a speed-up may be used, taken at its first use; by all ranks together where `any_rank` tells
-    each what one of them found."""
+    """The decision whether a speed-up may be used, taken at its first use; by all `ranks` together while they
+    are in step."""
 
-    def __init__(self, installed: Installed, any_rank: Callable[[bool], bool] = bool) -> None:
-        self._installed, self._any_rank = installed, any_rank
+    def __init__(self, installed: Installed, ranks: InStep | None = None) -> None:
+        self._installed = installed
+        self._any_rank, self._passing = (ranks.any, ranks.passing) if ranks else (bool, nullcontext)
         self.passed: bool | None = None  # None until it was tried
         self.difference = 0.0  # the relative one
 
@@ -56,7 +59,8 @@ class SelfCheck:
         with torch.no_grad():
             wanted = values = plain().double()
             try:
-                values = fast().double()
+                with self._passing():
+                    values = fast().double()
             except FAILURES as error:
                 if is_of_the_machine(error):
                     raise

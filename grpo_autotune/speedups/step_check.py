@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_autotune.errors import EnvironmentProblem
+from grpo_autotune.errors import EnvironmentProblem, TrainingError
 from grpo_autotune.hardware.seeded import random_streams
 from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next, take_off
-from grpo_autotune.seams.ranks import sharded, syncs_each_pass
+from grpo_autotune.seams.ranks import passing, sharded, syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import base_of, compute_dtype, without_dropout
 from grpo_autotune.speedups.base import Installed
@@ -135,7 +135,9 @@ class StepCheck(Installed):
     ) -> torch.Tensor:
         """Gradients of a window without some speed-ups, over their size when they were first tried, its loss, and what
         is drawn after it."""
-        accelerator, gradients = self.trainer.accelerator, Gradients(state.weights)
+        accelerator = self.trainer.accelerator
+        with passing(self.trainer):
+            gradients = Gradients(state.weights)
         fell_back = {one: one.fell_back for one in left_out}
         for one in left_out:
             one.fell_back = "being compared"
@@ -143,13 +145,13 @@ class StepCheck(Installed):
             self._merging.held = list(map(dict, window[:-1]))
         self._trying = True
         try:
-            with torch.enable_grad(), accelerator.no_sync(model):
+            with passing(self.trainer), torch.enable_grad(), accelerator.no_sync(model):
                 loss = loss_of(dict(window[-1]))
                 accelerator.backward(loss)
             sampled = accelerator.gather(gradients.sample())
             drawn = torch.rand(1, device=sampled.device), torch.rand(1).to(sampled.device)
         except Exception as error:
-            if self.trainer.is_fsdp_enabled:
+            if self.trainer.is_fsdp_enabled and not isinstance(error, TrainingError):
                 _forget_pass(self.trainer.model, error)
             raise
         finally:

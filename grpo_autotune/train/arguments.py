@@ -21,7 +21,8 @@ from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.config.sections.fsdp import USE, VARIABLES, WHERE, asked
 from grpo_autotune.config.zero import deepspeed_keys
-from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint
+from grpo_autotune.console import Heartbeat
+from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint, shortened
 from grpo_autotune.processes.fresh import free_port
 from grpo_autotune.rollout.colocate.unlock import unlock
 from grpo_autotune.rollout.failures import engine_failure
@@ -35,6 +36,9 @@ LAUNCHED = {
     if name in (USE, "ACCELERATE_USE_DEEPSPEED") or name[:5] == "FSDP_"
 }
 """Variables of `accelerate launch`, as they were before a trainer of this process set its own."""
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+FORCED = "zero_force_ds_cpu_optimizer"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ def grpo_arguments(
     with as_config_errors("grpo"):
         grpo = GRPOConfig(**keys)
         check_deepspeed(grpo.deepspeed_plugin)
+        check_host_optimizer(grpo)
         if not grpo.use_vllm:  # said now, and not once the model is loaded
             settings = {"do_sample": True, "cache_implementation": grpo.cache_implementation}
             GenerationConfig(**{**settings, **(grpo.generation_kwargs or {})})
@@ -195,6 +200,34 @@ def check_deepspeed(plugin: Any) -> None:
     except ValidationError as error:
         told = from_validation(error, list(DeepSpeedZeroConfig.model_fields))
         raise ConfigError(told.what, where=f"grpo.deepspeed.zero_optimization.{told.where}", fix=told.fix) from error
+
+
+def check_host_optimizer(grpo: GRPOConfig, plugin: Any = None) -> None:
+    """Have DeepSpeed's Adam for the host ready, which accelerate puts in the place of whatever optimizer is to stay in
+    its memory (`map_pytorch_optim_to_deepspeed`). `plugin` is accelerate's, where a launcher asked for DeepSpeed.
+
+    Raises:
+        ConfigError: It would stand in for another optimizer than AdamW.
+        EnvironmentProblem: It is not compiled, and cannot be here."""
+    plugin = plugin or grpo.deepspeed_plugin
+    keys = {} if plugin is None else plugin.hf_ds_config.config
+    moved = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if moved.get("device", "none") == "none" or "optimizer" in keys or not keys.get(FORCED, True):
+        return
+    instead = f"grpo.deepspeed.{FORCED}: false, which keeps torch's own"
+    if (name := getattr(grpo.optim, "value", grpo.optim)) not in ADAMW:
+        what = f"DeepSpeed would put its Adam in the place of {name}, since offload_optimizer is on"
+        raise ConfigError(what, where="grpo.optim", fix=f"Take {ADAMW[0]}, or {instead}.")
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
+
+    try:
+        with Heartbeat(lambda: "DeepSpeed compiles its Adam for the host, once, minutes"):
+            CPUAdamBuilder().load()
+    except (RuntimeError, OSError, ImportError, CUDAMismatchException, MissingCUDAException) as error:
+        what = f"DeepSpeed's Adam for the host cannot be compiled here: {shortened(' '.join(str(error).split()), 150)}"
+        fix = f"Install a C++ compiler and ninja, or set {instead}."
+        raise EnvironmentProblem(what, where="grpo.deepspeed.zero_optimization.offload_optimizer", fix=fix) from error
 
 
 def _in_a_group() -> None:

@@ -32,6 +32,7 @@ from grpo_autotune.train.arguments import (
     as_config_errors,
     check_best_metric,
     check_deepspeed,
+    check_host_optimizer,
     grpo_arguments,
     packed_in,
     suppress_image_token,
@@ -182,6 +183,7 @@ def build_trainer(
     if trainer.is_fsdp_enabled:
         fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
     check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+    check_host_optimizer(arguments.grpo, trainer.accelerator.state.deepspeed_plugin)
     check_head(trainer.model)
     if config.model.adapter is not None:
         say(settle_reference(trainer, config))

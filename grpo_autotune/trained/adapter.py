@@ -24,11 +24,8 @@ def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     except ConfigError as error:
         raise ConfigError(error.what, where=f"{WHERE} {error.where}", fix=error.fix) from error
     if trained.adapter is None:
-        raise ConfigError(
-            f"{trained.path} holds whole weights, and no adapter",
-            where=WHERE,
-            fix=f"Write model.name_or_path: {trained.path} in its place.",
-        )
+        fix = f"Write model.name_or_path: {trained.path} in its place."
+        raise ConfigError(f"{trained.path} holds whole weights, and no adapter", where=WHERE, fix=fix)
     check_same_adapter(config.peft, str(trained.path))
     bases = {trained.base, trained.config.model.name_or_path if trained.config is not None else None}
     if config.model.name_or_path is not None and config.model.name_or_path not in bases:

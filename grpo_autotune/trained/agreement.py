@@ -80,11 +80,9 @@ def check_answer(address: str, name: str, expected: Answer, warn: Callable[[str]
     """
     prompt, steps = _ask(address, name, expected)
     if prompt != expected.prompt:
-        raise EnvironmentProblem(
-            f"the server reads the prompt as {len(prompt)} tokens, and the trainer as {len(expected.prompt)} others",
-            where=expected.place,
-            fix="Its tokenizer or chat template is not the trained one.",
-        )
+        what = f"the server reads the prompt as {len(prompt)} tokens, and the trainer as {len(expected.prompt)} others"
+        fix = "Its tokenizer or chat template is not the trained one."
+        raise EnvironmentProblem(what, where=expected.place, fix=fix)
     agreement = Agreement.of(expected, steps)
     if agreement.mean > expected.tolerance:
         raise EnvironmentProblem(

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError, shortened
 from grpo_autotune.files import sha256_of, write_whole
-from grpo_autotune.records.inference import SETTINGS, Completion, Settings
 from grpo_autotune.records.stored import read_stored
+from grpo_autotune.records.trained import Completion, Settings
 
 DIGESTS = {
     "rows": "it was begun with other rows: the data has changed, or --limit",
@@ -109,7 +109,7 @@ def rows_digest(rows: Iterable[Any]) -> str:
 def _check(path: Path, side: Path, settings: Settings) -> None:
     fix = "Give another --out, or the settings that it was begun with."
     absent, again = "this file is there, and not begun by `infer`", "Give another --out."
-    stored = read_stored(side, Settings, SETTINGS, absent=absent, written_by="`infer` with another --out", again=again)
+    stored = read_stored(side, Settings, absent=absent, written_by="`infer` with another --out", again=again)
     before, asked = (_flat(json.loads(one.model_dump_json())) for one in (stored, settings))
     for name in (name for name in {**asked, **before} if before.get(name) != asked.get(name)):
         was, is_ = (shortened(json.dumps(one.get(name), ensure_ascii=False), SHOWN) for one in (before, asked))

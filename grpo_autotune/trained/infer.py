@@ -13,7 +13,7 @@ import datasets
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.inference import Completion
+from grpo_autotune.records.trained import Completion
 from grpo_autotune.seams.layers import is_async
 from grpo_autotune.seams.stored_images import IMAGE_COLUMNS
 from grpo_autotune.train.branches.rows import branch_of_rows, judges_of

@@ -24,7 +24,7 @@ from grpo_autotune.files import full_disk_told, sha256_of, write_whole
 from grpo_autotune.hardware.ceilings import free_bytes
 from grpo_autotune.hardware.machine import package_version
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
-from grpo_autotune.records.merged import Merged, Proof
+from grpo_autotune.records.trained import Merged, Proof
 from grpo_autotune.train.models.load import model_source
 from grpo_autotune.trained.load import free_memory, load_section, load_trained, load_trained_processor
 from grpo_autotune.trained.proof import FACTOR, LIMITS, Exam, flaw, prompts_of

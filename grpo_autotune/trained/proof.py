@@ -15,7 +15,7 @@ from trl.trainer.utils import selective_log_softmax
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import AutotuneError
-from grpo_autotune.records.merged import Difference, Proof
+from grpo_autotune.records.trained import Difference, Proof
 from grpo_autotune.trained.prompts import first_prompts, inputs_of, prompt_of, template_options
 
 ANSWER_TOKENS = 32

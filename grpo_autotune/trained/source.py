@@ -55,16 +55,27 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
             return _described(folder.model, run, adapter)
         whole = next((one for one in survey(folder.checkpoints) if one.flaw in (None, WEIGHTS_ONLY)), None)
         if whole is None:
-            raise ConfigError("the run has no whole checkpoint and no model", where=str(run), fix="Train it first.")
+            raise ConfigError("the run has no whole checkpoint and no model", where=str(run), fix=_else(_kept(run)))
         return _described(whole.path, run, adapter)
     choices = (place, folder.checkpoints / place.name)
     path = next((choice for choice in choices if choice.is_dir()), None)
     if path is None:
         saved = [one.path for one in survey(folder.checkpoints)]
         known = [path.name for path in (run / "best", run / "last", folder.model, *saved) if path.is_dir()]
-        fix = nearest_hint(place.name, known, f"There are {', '.join(known)}." if known else "Train it first.")
+        known += _kept(run)
+        fix = nearest_hint(place.name, known, _else(known))
         raise ConfigError(f"the run has no {place.name}", where=str(run), fix=fix)
     return _described(path.resolve(), run, adapter)
+
+
+def _kept(run: Path) -> list[str]:
+    """Checkpoints of before a rung of `on_oom: ladder` with which the run began again."""
+    saved = [one for folder in sorted(run.glob("checkpoints-before-rung-*")) for one in survey(folder)]
+    return [f"{one.path.parent.name}/{one.path.name}" for one in saved if one.flaw in (None, WEIGHTS_ONLY)]
+
+
+def _else(known: list[str]) -> str:
+    return f"There {'is' if len(known) == 1 else 'are'} {', '.join(known)}." if known else "Train it first."
 
 
 def base_section(trained: Trained) -> ModelSection:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from grpo_autotune.cli.main import main
-from grpo_autotune.runs.checkpoints import seal
-from grpo_autotune.runs.links import link, link_epoch
+from grpo_autotune.runs.checkpoints import link, link_epoch, seal
 
 
 def saved(run: Path, step: int, *, optimizer: bool = True) -> Path:
@@ -143,6 +142,6 @@ def test_links(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 @pytest.mark.slow
 def test_nothing_heavy_is_loaded() -> None:
-    names = "grpo_autotune.commands.checkpoints, grpo_autotune.trained.source, grpo_autotune.render.checkpoints"
+    names = "grpo_autotune.commands.checkpoints, grpo_autotune.trained.source, grpo_autotune.render.trained"
     code = f"import sys, {names}; print(sorted({{'torch', 'transformers', 'datasets', 'scipy'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

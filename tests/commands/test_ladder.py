@@ -16,9 +16,8 @@ from grpo_autotune.commands.ladder import Ladder, stage_of
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.knobs import with_knobs
-from grpo_autotune.records.alerts import load_alerts
-from grpo_autotune.records.ladder import load_rungs
-from grpo_autotune.runs.links import link
+from grpo_autotune.records.alerts import load_alerts, load_rungs
+from grpo_autotune.runs.checkpoints import link
 from grpo_autotune.train.trainer import run_training
 from tests.support.training import log_lines, losses, text_config
 

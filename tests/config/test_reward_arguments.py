@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.commands.reward_sources import check_rewards
+from grpo_autotune.commands.early import check_rewards
 from grpo_autotune.config.reward_arguments import check_arguments
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError

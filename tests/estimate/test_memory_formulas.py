@@ -10,7 +10,6 @@ import pytest
 from grpo_autotune.estimate.adapters import adapter_sizes
 from grpo_autotune.estimate.architectures import ARCHITECTURES
 from grpo_autotune.estimate.engine import engine_need
-from grpo_autotune.estimate.image_tokens import image_tokens
 from grpo_autotune.estimate.memory import (
     BACKWARD_TILES,
     DECODED_BYTES,
@@ -24,6 +23,7 @@ from grpo_autotune.estimate.memory import (
 )
 from grpo_autotune.estimate.passes import Batch, Training
 from grpo_autotune.estimate.shapes import ModelShape
+from grpo_autotune.estimate.vision_shapes import image_tokens
 from tests.estimate.test_cost import inputs_of, run_facts, tiny, training
 from tests.estimate.test_shapes import CONFIGS
 from tests.support.live_bytes import LiveBytes

@@ -10,7 +10,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs import knobs_of, with_knobs
 from grpo_autotune.knobs.ladder import Stage, descended, kind_of_rung, next_rung
-from grpo_autotune.records.ladder import Rung
+from grpo_autotune.records.alerts import Rung
 from tests.knobs.test_knobs import MICRO, config, machine
 
 CHECKPOINTING = "grpo.gradient_checkpointing"

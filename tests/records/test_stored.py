@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_autotune.config.schema import RunConfig, load_config
-from grpo_autotune.records.merged import Merged
+from grpo_autotune.records.trained import Merged
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.report.files import load_report
 from grpo_autotune.search.folder import load_search

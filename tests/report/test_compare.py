@@ -12,7 +12,7 @@ import pytest
 from grpo_autotune.cli.main import main
 from grpo_autotune.commands.compare import check_slower, compare_runs
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.comparison import SCHEMA, Comparison, Pair, RatioRow
+from grpo_autotune.records.comparison import Comparison, Pair, RatioRow
 from grpo_autotune.records.probe import STAGES, OtherLoad, StageRow, StageTimings
 from grpo_autotune.records.report import Report
 from grpo_autotune.render.comparison import render_comparison
@@ -213,7 +213,7 @@ def test_the_command_prints_and_fails_where_it_is_asked_to(folders, monkeypatch,
     assert main(["compare", "fast", "slow", "--fail-if-slower", "20"]) == 1
     assert "slower than fast by more than 20%: slow" in capsys.readouterr().err
     assert main(["compare", "slow", "fast", "--fail-if-slower", "20", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["schema"] == SCHEMA
+    assert json.loads(capsys.readouterr().out)["schema"] == Comparison.schema_name()
     assert main(["compare", "fast", "nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["compare", "fast", "slow", "base", "--html", "page.html"]) == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from grpo_autotune.records.inference import Inference
-from grpo_autotune.render.inference import render_inference
+from grpo_autotune.records.trained import Inference
+from grpo_autotune.render.trained import render_inference
 from grpo_autotune.report.inference import summarize
 from tests.trained.test_completions import SETTINGS, completion
 

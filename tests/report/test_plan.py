@@ -21,7 +21,7 @@ from grpo_autotune.knobs import with_knobs
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import steps_per_pass
 from grpo_autotune.probe.breakdown import break_down
-from grpo_autotune.records.plan import SCHEMA, Plan
+from grpo_autotune.records.plan import Plan
 from grpo_autotune.records.probe import ProbeRecord, StageRow
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.render.plan import render_plan
@@ -176,7 +176,7 @@ def test_what_is_printed_and_what_json_holds(tmp_path: Path, capsys: pytest.Capt
     save_report(build_report(one.models.record, CPU_MACHINE, config=one.models.base), tmp_path)
     assert main(["plan", str(tmp_path), "--samples", "1000", "--json"]) == 0
     plan = Plan.model_validate_json(capsys.readouterr().out)
-    assert json.loads(plan.model_dump_json(by_alias=True))["schema"] == SCHEMA and plan.steps == 500
+    assert json.loads(plan.model_dump_json(by_alias=True))["schema"] == Plan.schema_name() and plan.steps == 500
     assert main(["plan", str(tmp_path), "--samples", "1000"]) == 0
     text = capsys.readouterr().out
     assert "1000 samples in 500 optimizer steps: " in text and "measured) per sample" in text

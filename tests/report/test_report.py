@@ -17,7 +17,7 @@ from grpo_autotune.estimate.passes import Work
 from grpo_autotune.hardware import Ceilings, detect
 from grpo_autotune.probe.breakdown import Limit
 from grpo_autotune.records.probe import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings
-from grpo_autotune.records.report import SCHEMA, Report, StageReport
+from grpo_autotune.records.report import Report, StageReport
 from grpo_autotune.render.sentences import header_lines
 from grpo_autotune.render.terminal import render
 from grpo_autotune.report.build import build_report
@@ -242,13 +242,13 @@ def test_saved_and_loaded_is_the_same(record: ProbeRecord, tmp_path: Path) -> No
     assert load_report(path) == load_report(tmp_path / "run") == report
     assert sorted(p.name for p in path.parent.iterdir()) == ["report.json"]
     data = json.loads(path.read_text())
-    assert data["schema"] == SCHEMA
+    assert data["schema"] == Report.schema_name()
     assert {"step_s", "stages", "verdict", "fidelity", "startup", "images", "tokens", "machine", "config"} <= set(data)
     assert {"name", "self_s", "share", "spread", "ms_per_token", "limit_share", "peak_bytes"} <= set(data["stages"][0])
 
 
 def test_the_dump_names_the_schema_without_being_asked() -> None:
-    assert build_report(demo_record()).model_dump(mode="json")["schema"] == SCHEMA
+    assert build_report(demo_record()).model_dump(mode="json")["schema"] == Report.schema_name()
 
 
 def _damaged(text: str) -> str:
@@ -262,7 +262,7 @@ def _damaged(text: str) -> str:
     [
         (lambda text: "{", "not a JSON file"),
         (lambda text: "[]", "schema None"),
-        (lambda text: text.replace(SCHEMA, "grpo-autotune/report/0"), "report/0"),
+        (lambda text: text.replace(Report.schema_name(), "grpo-autotune/report/0"), "report/0"),
         (_damaged, "stages.0.share"),
     ],
 )

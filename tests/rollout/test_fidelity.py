@@ -12,8 +12,7 @@ import torch
 
 from grpo_autotune.records.rollout import FidelityPart
 from grpo_autotune.rollout.fidelity.causes import CHECKS, Evidence, diagnose
-from grpo_autotune.rollout.fidelity.meter import Dropped, Sum, threshold_nats
-from grpo_autotune.rollout.fidelity.row_keys import row_keys, row_kinds
+from grpo_autotune.rollout.fidelity.meter import Dropped, Sum, row_keys, row_kinds, threshold_nats
 from grpo_autotune.rollout.fidelity.sampling import PLAIN, differences, log_probs, parameters, shapes
 from grpo_autotune.rollout.metrics import server
 from grpo_autotune.rollout.metrics.server import CACHE, COUNTERS, GAUGES, ServerMeter, read_metrics

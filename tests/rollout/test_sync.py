@@ -97,7 +97,7 @@ def synced(
     part.way = "adapter"
     part.started(generation, engine)
     part.install(generation)
-    monkeypatch.setattr("grpo_autotune.rollout.sync.caches.reset", lambda llm, pushed: ("prefix",))
+    monkeypatch.setattr("grpo_autotune.rollout.sync.sync.reset_caches", lambda llm, pushed: ("prefix",))
     generation.sync_weights()
     generation.sync_weights()
     return engine

@@ -12,7 +12,7 @@ from tests.support.tiny import VISION_KINDS
 
 from grpo_autotune.speedups.generation import cache, decoding  # isort: skip
 from grpo_autotune.speedups.generation.decoding import Decoder  # isort: skip
-from grpo_autotune.speedups.generation.norms import one_kernel_norms  # isort: skip
+from grpo_autotune.speedups.generation.step import one_kernel_norms  # isort: skip
 from grpo_autotune.speedups.generation.step import FixedStep, GeneralStep, Unsupported  # isort: skip
 from grpo_autotune.speedups.generation.weights import for_decoding, products, replaced  # isort: skip
 

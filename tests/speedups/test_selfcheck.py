@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_autotune.seams.ranks import InStep
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.choice import Choice
@@ -65,16 +66,17 @@ def test_what_another_rank_found_holds_for_all(value: float, off: str) -> None:
     asked: list[bool] = []
     yardsticks: list[int] = []
 
-    def any_rank(flag: bool) -> bool:
-        asked.append(flag)
-        return True
+    class Ranks(InStep):
+        def any(self, flag: bool) -> bool:
+            asked.append(flag)
+            return True
 
     def again() -> torch.Tensor:
         yardsticks.append(1)
         return torch.ones(2)
 
     installed = Installed("a speed-up")
-    check = SelfCheck(installed, any_rank)
+    check = SelfCheck(installed, Ranks(None, lambda trainer: False))
     assert not check.run(lambda: torch.ones(2), lambda: value * torch.ones(2), torch.float32, "values", again)
     assert off in (installed.fell_back or "")
     assert asked == [value != 1.0] * 2 and yardsticks == [1], "all ranks compute the yardstick, or none"

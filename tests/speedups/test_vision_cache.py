@@ -15,7 +15,7 @@ from tests.support.trainers import DEVICE, EXACT, SAME, make_trainer
 
 from grpo_autotune.seams.layers import AttributeSlot, wrap  # isort: skip
 from grpo_autotune.speedups.images import vision_cache  # isort: skip
-from grpo_autotune.speedups.images.towers import towers_of  # isort: skip
+from grpo_autotune.seams.trainer_access import towers_of  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
 GROUPS = {"per_device_train_batch_size": 4, "num_generations": 4, "beta": 0.05, "max_steps": 5}

@@ -61,7 +61,7 @@ def _ids(ids: Any, mask: Any) -> list[list[int]]:
 
 
 def main(path: str, whole: str, cut: str) -> None:
-    from grpo_autotune.train.runs.stop_after import StopAfter
+    from grpo_autotune.train.runs.callbacks import StopAfter
     from grpo_autotune.train.trainer import run_training
 
     config = RunConfig.from_yaml(Path(path).read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from grpo_autotune.seams import fully_sharded
+from grpo_autotune.seams import fully_sharded, ranks
 from grpo_autotune.seams.mixed_image_rows import mend
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.install import speed_up
@@ -28,7 +28,7 @@ from tests.support.exactness import apart, asked
 from tests.support.fsdp_cpu import allow, whole
 from tests.support.pairs import rewards_of
 from tests.support.trainers import make_trainer, spread_reward
-from tests.support.wrong_speedups import FAILING, WRONG
+from tests.support.wrong_speedups import ALONE, EARLY, FAILING, WRONG
 
 PATIENCE = 60
 """Seconds."""
@@ -58,6 +58,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed, tower trained": {"kind": "qwen3_vl", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "mixed": True},
     "mixed, reference": {"kind": "qwen2_5_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.05}, "mixed": True},
     "failing": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [FAILING]},
+    "alone": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [ALONE]},
+    "early": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [EARLY]},
     "wrong": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [WRONG, "shared_prefix"]},
 }  # fmt: skip
 
@@ -165,6 +167,7 @@ def compared(models: Path, out: Path, sharding: str, case: dict[str, Any], steps
 
 def main(models: str, out: str, steps: str, *words: str) -> None:
     allow()
+    ranks.WAIT_S = 3.0
     if any(word.startswith("zero") for word in words):
         import deepspeed  # ZeRO-3 shards a model as it is loaded, and transformers begins without DeepSpeed on a CPU
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from grpo_autotune.seams.layers import INNER
 from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.speedups.base import Installed
 
-WRONG, FAILING = f"{__name__}:Wrong", f"{__name__}:Failing"
+WRONG, FAILING, ALONE = (f"{__name__}:{name}" for name in ("Wrong", "Failing", "Alone"))
+EARLY = f"{__name__}:Early"
 
 
 class Wrong:
@@ -32,20 +34,34 @@ class Wrong:
 class Failing(Wrong):
     """A speed-up whose backward pass ends with an error, near its end."""
 
-    name = FAILING
+    name, on, early = FAILING, ("0", "1"), False
 
     def install(self, trainer: Any) -> Installed:
         installed = Installed(self.name)
 
         def fails(gradient: Any) -> None:
-            if not installed.fell_back:
+            if not installed.fell_back and os.environ.get("RANK", "0") in self.on:
                 raise ValueError("no gradient")
 
         def seen(module: Any, inputs: Any, hidden: Any) -> None:
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-            if hidden.requires_grad:
+            if hidden.requires_grad and self.early:
+                fails(hidden)
+            elif hidden.requires_grad:
                 hidden.register_hook(fails)
 
         layer = next(one for name, one in trainer.model.named_modules() if name.endswith("layers.0"))
         installed.handles.append(layer.register_forward_hook(seen))
         return installed
+
+
+class Alone(Failing):
+    """The same on the second rank alone."""
+
+    name, on = ALONE, ("1",)
+
+
+class Early(Alone):
+    """The same in its forward pass."""
+
+    name, early = EARLY, True

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_autotune.train.runs.stop_after import Enough, StopAfter
+from grpo_autotune.train.runs.callbacks import Enough, StopAfter
 
 
 @pytest.mark.parametrize(

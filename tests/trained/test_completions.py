@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.records.inference import Completion, Settings
+from grpo_autotune.records.trained import Completion, Settings
 from grpo_autotune.trained.completions import CompletionFile, alone_with, weights_digest
 
 SETTINGS = Settings(

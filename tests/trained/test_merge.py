@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from grpo_autotune.cli.main import main
 from grpo_autotune.errors import AutotuneError, ConfigError, EnvironmentProblem, MergeError
-from grpo_autotune.records.merged import Difference, Merged, Proof
+from grpo_autotune.records.trained import Difference, Merged, Proof
 from grpo_autotune.trained import merge as merging
 from grpo_autotune.trained import shards
 from grpo_autotune.trained.proof import flaw

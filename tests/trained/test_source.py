@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_autotune.commands.serve import is_trained
 from grpo_autotune.config.schema import load_config
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.trained.source import find_trained, find_whole
@@ -93,6 +94,20 @@ def test_what_cannot_be_used_is_one_line(run: Path, tmp_path: Path, words: str, 
     assert find_trained(tmp_path / "of_zero").adapter is None
     with pytest.raises(ConfigError, match=told):
         find_whole(tmp_path / words)
+
+
+@pytest.mark.parametrize("words", ["run", "run/last", "run/best"])
+def test_a_run_that_a_rung_began_again_has_its_older_checkpoints(run: Path, words: str) -> None:
+    (run / "config.yaml").write_text(
+        "{model: {name_or_path: m}, data: {path: d}, rewards: [{name: format}], on_oom: ladder}"
+    )
+    (run / "checkpoints").rename(run / "checkpoints-before-rung-1")
+    place = run.parent / words
+    kept = [f"checkpoints-before-rung-1/checkpoint-{step}" for step in (20, 10)]
+    assert is_trained(str(place))
+    with pytest.raises(ConfigError, match=rf"the run has no .* There are {', '.join(kept)}\.$"):
+        find_trained(place)
+    assert find_trained(run / kept[0]).run == run
 
 
 def test_a_name_typed_wrongly_is_told_the_nearest_link_and_the_checkpoints(run: Path) -> None:

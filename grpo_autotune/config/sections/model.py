@@ -41,9 +41,6 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.name_or_path is None) == (self.random_init is None):
-            raise ConfigError(
-                "give exactly one of model.name_or_path and model.random_init",
-                where="model",
-                fix="Set the one that is not wanted to null." if self.name_or_path else "Name a model to train.",
-            )
+            fix = "Set the one that is not wanted to null." if self.name_or_path else "Name a model to train."
+            raise ConfigError("give exactly one of model.name_or_path and model.random_init", where="model", fix=fix)
         return self

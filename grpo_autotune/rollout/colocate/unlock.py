@@ -12,6 +12,7 @@ import operator
 import time
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -39,7 +40,7 @@ PARTS: dict[str, tuple[type[Part], ...]] = {
 the same seam."""
 
 
-class Unlocked:
+class Unlocked(AbstractContextManager["Unlocked"]):
     """The unlocking, in force until `close` for trainers to come, and on those built meanwhile until `remove`."""
 
     def __init__(self, options: EngineOptions) -> None:
@@ -49,9 +50,6 @@ class Unlocked:
         self._building: list[tuple[Any, Engine]] = []
         self._data: list[tuple[Any, ...]] = []
         self._signature = self._trainer_signature = inspect.Signature()
-
-    def __enter__(self) -> "Unlocked":
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

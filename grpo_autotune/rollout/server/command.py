@@ -74,11 +74,9 @@ def split_gpus(config: RunConfig, there: int) -> tuple[list[str], list[str]]:
         return [], []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.batch.processes))
     if processes != config.batch.processes:
-        raise ConfigError(
-            "a run on several machines cannot start a server of its own",
-            where="vllm.server_gpus",
-            fix="Start one with `grpo-autotune serve` and give vllm.server_base_url.",
-        )
+        what = "a run on several machines cannot start a server of its own"
+        fix = "Start one with `grpo-autotune serve` and give vllm.server_base_url."
+        raise ConfigError(what, where="vllm.server_gpus", fix=fix)
     left = len(seen) - wanted
     if wanted == 0 or left < processes:
         raise ConfigError(
@@ -174,11 +172,8 @@ def listens_at(config: RunConfig) -> tuple[str, int]:
     except ValueError:
         port = None
     if parts.scheme != "http" or not parts.hostname or port is None or parts.path.strip("/"):
-        raise ConfigError(
-            f"{url} is no address that a server can listen at",
-            where="vllm.server_base_url",
-            fix="Give http://HOST:PORT.",
-        )
+        fix = "Give http://HOST:PORT."
+        raise ConfigError(f"{url} is no address that a server can listen at", where="vllm.server_base_url", fix=fix)
     return parts.hostname, port
 
 

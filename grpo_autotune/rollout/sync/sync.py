@@ -12,13 +12,13 @@ weights (transposed, scaled) takes none at all: an adapter is all that it is sen
 
 import logging
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.rollout.options import EngineOptions
 from grpo_autotune.rollout.parts import Part, part_of
-from grpo_autotune.rollout.sync import adapters, caches, lora
+from grpo_autotune.rollout.sync import adapters, lora
 from grpo_autotune.rollout.sync.weights import changing, has_4bit, packed, weights
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
@@ -198,7 +198,7 @@ class ColocateSync(WeightSync):
         elif self.way == "merged":
             call_next()
             full = True
-            reset = caches.reset(self._llm, self._pushed)
+            reset = reset_caches(self._llm, self._pushed)
         else:
             self._wake()
             reset = self._push(full)
@@ -219,7 +219,7 @@ class ColocateSync(WeightSync):
         if full or self.way == "batched":
             model = self._llm.llm_engine.model_executor.driver_worker.model_runner.model
             model.load_weights(self._changed(None if full else changing(self._generation.model)))
-            reset = caches.reset(self._llm, self._pushed)
+            reset = reset_caches(self._llm, self._pushed)
         if self._adapters is not None:
             tensors = lora.tensors(self._generation)
             self._adapters.send(tensors)
@@ -251,3 +251,28 @@ class ColocateSync(WeightSync):
     def _count(self, name: str, tensor: Any) -> None:
         self._pushed.append(name)
         self._bytes += tensor.numel() * tensor.element_size()
+
+
+def reset_caches(llm: Any, pushed: Iterable[str]) -> tuple[str, ...]:
+    """Reset the caches that the weights `pushed` (trainer's names) make stale; say which. Two hold results of older
+    weights: keys and values of prompts (the prefix cache), and embeddings of images (the encoder cache, keyed by the
+    image alone), which TRL 1.16 leaves. The cache of processed images holds pixels, which no weight has touched."""
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    llm.reset_prefix_cache()
+    if not changes_images(model, pushed):
+        return ("prefix",)
+    llm.llm_engine.reset_encoder_cache()
+    return "prefix", "encoder"
+
+
+def changes_images(model: Any, pushed: Iterable[str]) -> bool:
+    """True if one of these weights is of the parts of vLLM's model that embed images; when in doubt, yes."""
+    from vllm.model_executor.models import supports_multimodal
+
+    if not supports_multimodal(model):
+        return False
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if not hasattr(model, "get_mm_mapping") or mapper is None:
+        return True
+    parts = model.get_mm_mapping()
+    return any(name.startswith((*parts.tower_model, *parts.connector)) for name in mapper.apply_list(list(pushed)))

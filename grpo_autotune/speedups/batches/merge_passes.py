@@ -17,7 +17,7 @@ from torch import nn
 
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next
-from grpo_autotune.seams.ranks import any_of, backward_in_step, most, syncs_each_pass
+from grpo_autotune.seams.ranks import InStep, backward_in_step, most, syncs_each_pass
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.seams.trainer_access import SPEED_UPS, compute_dtype
 from grpo_autotune.speedups.base import Installed
@@ -128,7 +128,7 @@ class Merging(Installed):
         super().__init__(name)
         self.trainer = trainer
         self._groups = groups_of(trainer)
-        self._check = SelfCheck(self, any_of(trainer, backward_in_step))
+        self._check = SelfCheck(self, InStep(trainer, backward_in_step))
         self.held: list[Batch] = []  # micro batches that wait
         self._given: dict[str, Any] = {}  # to the backward passes that were left out
         self._last, self._state = -1, trainer.state

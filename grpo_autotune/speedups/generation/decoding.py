@@ -20,8 +20,15 @@ import torch
 from transformers.generation.logits_process import LogitsProcessorList
 
 from grpo_autotune.hardware.seeded import random_streams
-from grpo_autotune.speedups.generation.norms import one_kernel_norms
-from grpo_autotune.speedups.generation.step import Capture, FixedStep, GeneralStep, GraphStep, Unsupported, select
+from grpo_autotune.speedups.generation.step import (
+    Capture,
+    FixedStep,
+    GeneralStep,
+    GraphStep,
+    Unsupported,
+    one_kernel_norms,
+    select,
+)
 from grpo_autotune.speedups.generation.weights import for_decoding, products, replaced
 from grpo_autotune.speedups.sdpa import without_cudnn
 
@@ -50,7 +57,7 @@ class Decoder:
         record: list[torch.Tensor] | None = None,  # gets each step's scores as the model gave them, (B, V)
         capture: Capture | None = None,  # captures a step, for replays in place of calls
         look_every: int | None = None,  # tokens between two looks at which rows are done; None is the device's own
-        any_rank: Callable[[bool], bool] | None = None,  # where ranks are in step (`seams.ranks.any_of`)
+        any_rank: Callable[[bool], bool] | None = None,  # where ranks are in step (`seams.ranks.InStep`)
     ) -> None:
         self.prompt_of_row, self.record, self.capture = prompt_of_row, record, capture
         self.look_every, self.any_rank = 1 if any_rank else look_every, any_rank

@@ -17,7 +17,7 @@ from trl.trainer.utils import split_pixel_values_by_grid
 from grpo_autotune.hardware.seeded import seeded
 from grpo_autotune.seams.layers import INNER, Next
 from grpo_autotune.seams.mixed_image_rows import without_empty
-from grpo_autotune.seams.ranks import any_of, forward_in_step, most, sharded
+from grpo_autotune.seams.ranks import InStep, forward_in_step, most, sharded
 from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import groups_of
@@ -97,7 +97,7 @@ class _Sharing(Installed):
     def __init__(self, name: str, trainer: Any, capture: Capture | None) -> None:
         super().__init__(name)
         self.trainer, self._capture = trainer, capture
-        self._checks = {with_images: SelfCheck(self, any_of(trainer)) for with_images in (False, True)}
+        self._checks = {with_images: SelfCheck(self, InStep(trainer)) for with_images in (False, True)}
         self._turn: tuple[torch.Tensor, list[int] | None] | None = None
         # rows generated, prompts read for them, and rows times steps that the model ran and would have run
         self.counts = {"rows": 0.0, "prompts": 0.0, "row_steps": 0.0, "row_steps_of_plain": 0.0}
@@ -146,7 +146,7 @@ class _Sharing(Installed):
         return ids
 
     def _decoder(self, prompt_of_row: torch.Tensor, record: list[torch.Tensor] | None = None) -> Decoder:
-        any_rank = any_of(self.trainer) if forward_in_step(self.trainer) else None
+        any_rank = InStep(self.trainer).any if forward_in_step(self.trainer) else None
         return Decoder(prompt_of_row, record, self._capture, any_rank=any_rank)
 
     def _ways(

@@ -20,11 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Next, wrap
 from grpo_autotune.seams.table import DATALOADER, IMAGE_PROCESSOR, find, wrap_rows
-from grpo_autotune.seams.trainer_access import models_of
+from grpo_autotune.seams.trainer_access import models_of, towers_of
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import GENERATION, replaced
 from grpo_autotune.speedups.images.lazy_rows import Rows, copied, image_bytes, private
-from grpo_autotune.speedups.images.towers import towers_of
 
 DECODED_BYTES = 1 << 29
 """Memory for decoded images."""

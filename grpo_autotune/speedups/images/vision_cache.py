@@ -16,10 +16,10 @@ import torch
 from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
-from grpo_autotune.seams.ranks import any_of
+from grpo_autotune.seams.ranks import InStep
+from grpo_autotune.seams.trainer_access import towers_of
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
 from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
-from grpo_autotune.speedups.images.towers import towers_of
 from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
@@ -85,7 +85,7 @@ class _Features(Installed):
 
     def __init__(self, name: str, trainer: Any) -> None:
         super().__init__(name)
-        self._any_rank = any_of(trainer)
+        self._ranks = InStep(trainer)
         self._kept: LRUCache[Hashable, Features] = LRUCache(LIMIT_BYTES, getsizeof=_size)
         self._hash = _Hash()
         self.counts = {"asked": 0.0, "computed": 0.0}
@@ -99,12 +99,12 @@ class _Features(Installed):
         self._kept.clear()
 
     def layer(self, tower: Any) -> Layer:
-        check = SelfCheck(self, self._any_rank)
+        check = SelfCheck(self, self._ranks)
 
         def encode(call_next: Next, /, patches: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             grid = kwargs.get("grid_thw")
             if self.fell_back or args or grid is None or _asks_for_more(tower, kwargs):
-                self._any_rank(True)
+                self._ranks.any(True)
                 return call_next(patches, *args, **kwargs)
             weight, shapes = next(tower.parameters()), grid.tolist()
             parts = torch.split(patches, [math.prod(shape) for shape in shapes])
@@ -139,7 +139,7 @@ class _Features(Installed):
         ]
         images = {key: kept for key in keys if (kept := self._kept.get(key)) is not None}
         missing = {key: index for index, key in enumerate(keys) if key not in images}
-        if self._any_rank(bool(missing)):
+        if self._ranks.any(bool(missing)):
             missing = missing or {keys[0]: 0}
             rows = list(missing.values())
             with torch.no_grad():

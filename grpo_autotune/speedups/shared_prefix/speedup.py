@@ -17,9 +17,16 @@ import torch
 from trl.trainer import utils
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
-from grpo_autotune.seams.ranks import any_of, forward_in_step, most
+from grpo_autotune.seams.ranks import InStep, forward_in_step, most
 from grpo_autotune.seams.table import wrap_seams
-from grpo_autotune.seams.trainer_access import BOTH_KEYS, base_of, compute_dtype, models_of, without_dropout
+from grpo_autotune.seams.trainer_access import (
+    BOTH_KEYS,
+    base_of,
+    compute_dtype,
+    has_fused_head,
+    models_of,
+    without_dropout,
+)
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
@@ -31,9 +38,6 @@ from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLa
 from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
 from grpo_autotune.speedups.shared_prefix.media import INPUTS, Media
-
-FUSED = hasattr(utils, "add_fused_lm_head")
-"""Whether this TRL's models compute log-probs themselves, as since 1.15."""
 
 WORTH = 0.95
 """Share of TRL's tokens above which a batch is left to TRL: the savings would not pay for the calls that they cost."""
@@ -216,7 +220,7 @@ class _SharedPrefix(Installed):
     ) -> bool:
         """True if two completions of a kind, of one prompt if there are such, score the same by both paths; a rank that
         has no such `rows` runs `one_row` with those that do."""
-        check = self.checks.setdefault(kind, SelfCheck(self, any_of(self.trainer)))
+        check = self.checks.setdefault(kind, SelfCheck(self, InStep(self.trainer)))
         if check.passed is not None:
             return check.passed
         alone = self.trainer.accelerator.unwrap_model(model)
@@ -267,7 +271,7 @@ class _SharedPrefix(Installed):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies of the scored tokens, (1, scored): by TRL's fused head, before 1.15 from logits."""
         trainer = self.trainer
-        if FUSED:
+        if has_fused_head():
             outputs = model(**inputs, shift_labels=target, fused_lm_head=True, **{ARGUMENT: layout})
             return outputs.log_probs, outputs.entropy if entropies else outputs.log_probs
         logits = model(**inputs, use_cache=False, **{ARGUMENT: layout}).logits / trainer.temperature

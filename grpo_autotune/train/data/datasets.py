@@ -169,11 +169,8 @@ def _columns(rows: datasets.Dataset, data: Source, where: str, place: str) -> tu
     renamed = _renamed(rows, data.columns, where)
     taken = sorted(GIVEN_BY_TRL.intersection(renamed.column_names))
     if taken:
-        raise ConfigError(
-            f"the column {taken[0]} has a name that TRL uses itself",
-            where=where,
-            fix=f"Give it another, for instance data.columns: {{my_{taken[0]}: {taken[0]}}}.",
-        )
+        fix = f"Give it another, for instance data.columns: {{my_{taken[0]}: {taken[0]}}}."
+        raise ConfigError(f"the column {taken[0]} has a name that TRL uses itself", where=where, fix=fix)
     pictured = bool(image_columns(renamed.column_names))
     if data.prompt_format == "text" and (pictured or data.system_prompt is not None):
         kind = "pictures" if pictured else "data.system_prompt"

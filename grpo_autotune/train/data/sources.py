@@ -62,11 +62,8 @@ def _check_text(place: Path) -> None:
             if not _is_text(b"".join(lines)):
                 number, line = next(one for one in enumerate(lines, before + 1) if not _is_text(one[1]))
                 encoding = ("UTF-16", "UTF-16") if b"\0" in line else ("not UTF-8", "LATIN1")
-                raise DataError(
-                    f"line {number} is {encoding[0]}",
-                    where=str(place),
-                    fix=f"Convert the file to UTF-8, for instance with iconv -f {encoding[1]} -t UTF-8.",
-                )
+                fix = f"Convert the file to UTF-8, for instance with iconv -f {encoding[1]} -t UTF-8."
+                raise DataError(f"line {number} is {encoding[0]}", where=str(place), fix=fix)
             is_json, text = place.suffix.lower() != ".csv", last + b"".join(lines)
             if is_json and (row := NULL_ROW.search(text)):
                 number = before + text.count(b"\n", 0, row.end())
@@ -97,11 +94,8 @@ def _load(builder: str, split: str, where: str, path: str, **arguments: Any) -> 
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"cannot be read: {error.__cause__ or error}", where=path) from error
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise ConfigError(
-            f"no data set {path}: {error}",
-            where=where,
-            fix=f"Registered: {', '.join(names('dataset'))}; or give a path.",
-        ) from error
+        fix = f"Registered: {', '.join(names('dataset'))}; or give a path."
+        raise ConfigError(f"no data set {path}: {error}", where=where, fix=fix) from error
     except ValueError as error:
         if NO_ROWS in str(error):
             raise DataError("the data set is empty", where=path) from error

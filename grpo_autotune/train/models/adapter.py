@@ -17,7 +17,7 @@ from grpo_autotune.config.places import check_same_adapter
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
-from grpo_autotune.speedups.shared_prefix.speedup import FUSED
+from grpo_autotune.seams.trainer_access import has_fused_head
 from grpo_autotune.train.models.load import first_line, load_model, lora_config, vision_tower
 
 WHERE = "model.adapter"
@@ -108,7 +108,7 @@ def with_adapter(model: Any, folder: str, *, where: str = "", **options: Any) ->
 def check_head(model: Any) -> None:
     """ConfigError for single trained tokens of the output layer: TRL's loss asks PEFT's layer for a bias (TRL 1.16)."""
     head = model.get_output_embeddings()
-    if FUSED and hasattr(head, "token_adapter") and not hasattr(head, "bias"):
+    if has_fused_head() and hasattr(head, "token_adapter") and not hasattr(head, "bias"):
         is_tied = hasattr(model.get_input_embeddings(), "token_adapter")
         what = (
             f"TRL's loss cannot train single tokens of the output layer{', tied to the embeddings' if is_tied else ''}"

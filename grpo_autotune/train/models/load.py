@@ -98,11 +98,8 @@ def check_images(processor: Any, columns: Sequence[str]) -> None:
     """ConfigError where the data has an image column, and the processor has nothing for images."""
     images = image_columns(columns)
     if images and not hasattr(processor, "image_processor"):
-        raise ConfigError(
-            f"the data has the column {images[0]}, and this model takes no images",
-            where="model",
-            fix="Take a vision-language model, or data without images.",
-        )
+        what = f"the data has the column {images[0]}, and this model takes no images"
+        raise ConfigError(what, where="model", fix="Take a vision-language model, or data without images.")
 
 
 def check_padding(processor: Any, source: str) -> None:
@@ -114,11 +111,9 @@ def check_padding(processor: Any, source: str) -> None:
         shorter = tokenizer(["a", "a b c d e f g h"], padding=True)["attention_mask"][0]
         side = "left" if shorter[-1] else "right"
     if side != "left":
-        raise ConfigError(
-            f"the processor of {source} pads on the {side}, and GRPO needs prompts padded on the left",
-            where="model.name_or_path",
-            fix="It ignores padding_side='left': correct its tokenizer class, or use another one",
-        )
+        what = f"the processor of {source} pads on the {side}, and GRPO needs prompts padded on the left"
+        fix = "It ignores padding_side='left': correct its tokenizer class, or use another one"
+        raise ConfigError(what, where="model.name_or_path", fix=fix)
 
 
 def vision_tower(model: Any) -> str:
@@ -126,11 +121,8 @@ def vision_tower(model: Any) -> str:
     for name, _ in model.named_modules():
         if name.rpartition(".")[2] in VISION_TOWERS:
             return str(name)
-    raise ConfigError(
-        f"{type(model).__name__} has no vision tower to freeze",
-        where="model.freeze_vision_tower",
-        fix="Leave the key out for a text model",
-    )
+    what = f"{type(model).__name__} has no vision tower to freeze"
+    raise ConfigError(what, where="model.freeze_vision_tower", fix="Leave the key out for a text model")
 
 
 def lora_config(config: RunConfig, model: Any) -> LoraConfig | None:
@@ -174,11 +166,8 @@ def _load_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(
-            f"cannot load {source}: {first_line(error)}",
-            where="model.name_or_path",
-            fix="Give a folder with config.json, or a hub id that can be reached (and model.revision there)",
-        ) from error
+        fix = "Give a folder with config.json, or a hub id that can be reached (and model.revision there)"
+        raise ConfigError(f"cannot load {source}: {first_line(error)}", where="model.name_or_path", fix=fix) from error
     except ImportError as error:
         raise EnvironmentProblem(first_line(error), where="model") from error
 

@@ -14,9 +14,9 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole
 from grpo_autotune.records.evaluation_lines import RowPrinter
 from grpo_autotune.records.evaluations import EVALUATIONS_FILE, Evaluation, EvaluationLog
+from grpo_autotune.runs.checkpoints import kept_checkpoints, link, link_epoch
 from grpo_autotune.runs.choose import REWARD, rank_kept
 from grpo_autotune.runs.folder import RunFolder
-from grpo_autotune.runs.links import kept_checkpoints, link, link_epoch
 from grpo_autotune.train.runs.callbacks import TrainLog
 
 

@@ -1,9 +1,8 @@
 """Ranks that begin anew together: one ran out of memory, and the others wait for it in a collective that never ends.
 
-They tell each other past their collectives, by the store at `MASTER_ADDR` that launchers set up for `torch.distributed`
-(torchrun's agent, or rank 0 itself). No rank goes before all have said that they will: the first to close its
-connections would be an error in the others. The store keeps the addresses of the old processes, so that the new ones
-meet at another port, where rank 0 serves it.
+They tell each other past their collectives, by the launcher's store. No rank goes before all have said that they will:
+the first to close its connections would be an error in the others. The store keeps the addresses of the old processes,
+so that the new ones meet at another port, where rank 0 serves it.
 """
 
 import os
@@ -14,11 +13,11 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed
 from torch.distributed import DistError, DistStoreError
 
 from grpo_autotune.config.batch import world_size
 from grpo_autotune.processes.fresh import free_port
+from grpo_autotune.seams.ranks import store_of
 
 LOOK_S = 0.5
 WAIT_S = 120.0
@@ -38,11 +37,11 @@ class Ranks:
 
     def claim(self) -> bool:
         """True for the first rank that ran out of memory: it decides, and calls the others."""
-        return bool(_store().compare_set("first", "", str(self._rank)) == str(self._rank).encode())
+        return bool(store_of("leaving").compare_set("first", "", str(self._rank)) == str(self._rank).encode())
 
     def call(self) -> None:
         """Tell all ranks that it is decided."""
-        _store().set("decided", "1")
+        store_of("leaving").set("decided", "1")
 
     def wait(self) -> None:
         """Wait until this rank leaves with the others; returns only where one of them does not answer."""
@@ -55,7 +54,7 @@ class Ranks:
 
     def _watch(self) -> None:
         with suppress(DistError):  # the store ended with the rank that serves it
-            store = _store()
+            store = store_of("leaving")
             while not self._over.wait(LOOK_S):
                 if store.check(["decided"]):
                     self._leaves = True
@@ -80,10 +79,3 @@ class Ranks:
             if time.monotonic() > until:
                 raise DistStoreError(f"not all ranks are {key}")
             time.sleep(LOOK_S / 10)
-
-
-def _store() -> Any:
-    stores: Any = torch.distributed
-    place, wait = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=WAIT_S)
-    store = stores.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=wait)
-    return stores.PrefixStore("grpo_autotune/leaving", store)

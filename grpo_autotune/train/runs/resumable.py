@@ -204,11 +204,8 @@ class ResumableTrainer(GRPOTrainer):  # type: ignore[misc]
         return bool(super()._determine_best_metric(*args, **kwargs)) or asked
 
     def _not_finite(self, what: str) -> TrainingError:
-        return TrainingError(
-            what,
-            where=f"step {self.state.global_step + 1}",
-            fix="Try a smaller grpo.learning_rate or grpo.max_grad_norm, or bfloat16 in place of float16",
-        )
+        fix = "Try a smaller grpo.learning_rate or grpo.max_grad_norm, or bfloat16 in place of float16"
+        return TrainingError(what, where=f"step {self.state.global_step + 1}", fix=fix)
 
     def _agree(self, signum: int) -> None:
         if self.stop_request is not None:

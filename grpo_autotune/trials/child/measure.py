@@ -9,7 +9,7 @@ from grpo_autotune.probe.probe import Probe
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.trial import PromptReward, TrialSpec
-from grpo_autotune.train.runs.stop_after import Enough, StopAfter, outlast
+from grpo_autotune.train.runs.callbacks import Enough, StopAfter, outlast
 from grpo_autotune.trials.block_limit import is_interleaved
 from grpo_autotune.trials.child.beating import beating
 from grpo_autotune.trials.child.blocks import WITHOUT_END, BlockSchedule

@@ -1,4 +1,5 @@
-"""The types of `infer`: the lines of its file, the settings beside it, and the JSON of its summary."""
+"""The types of `infer` (the lines of its file, the settings beside it, the JSON of its summary) and of `merge`: its
+receipt `merged.json` with the log-probs that prove it."""
 
 from typing import Any, Final, Literal
 
@@ -6,8 +7,6 @@ from pydantic import ConfigDict, Field
 
 from grpo_autotune.records.base import Document, Frozen
 
-SCHEMA: Final = "grpo-autotune/infer/1"
-SETTINGS: Final = "grpo-autotune/infer-settings/2"
 TOTAL: Final = "total"
 """Name of the weighted sum among the scores."""
 
@@ -33,7 +32,7 @@ class Completion(Frozen):
 class Settings(Document):
     """The settings of a file, on which its completions depend: only the same ones may go on with it."""
 
-    schema_: Literal["grpo-autotune/infer-settings/2"] = Field(default=SETTINGS, alias="schema")
+    schema_: Literal["grpo-autotune/infer-settings/2"] = Field(default="grpo-autotune/infer-settings/2", alias="schema")
     checkpoint: str
     weights: str  # digest of the files that hold them
     backend: Literal["generate", "vllm"]
@@ -64,7 +63,7 @@ class Score(Frozen):
 class Inference(Document):
     """The JSON of `infer`: what the whole file holds, and how fast this call wrote its part."""
 
-    schema_: Literal["grpo-autotune/infer/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["grpo-autotune/infer/1"] = Field(default="grpo-autotune/infer/1", alias="schema")
     out: str
     settings: Settings
     confidence: float  # of the intervals, by Student's t over the prompts' means
@@ -75,3 +74,38 @@ class Inference(Document):
     written: int  # completions that this call wrote
     tokens_per_s: float | None  # of this call's generation; None where nothing was left to do
     scores: list[Score]
+
+
+class Difference(Frozen):
+    """|difference| of the log-probs that two models give the same tokens, in nats."""
+
+    mean: float
+    max: float
+
+
+class Proof(Frozen):
+    """The merged model, read from its folder, held against the trained one and against the base."""
+
+    prompts: str  # what was asked: `8 held-out prompts`
+    tokens: int  # log-probs compared, of prompts and greedy answers
+    dtype: str  # in which all models computed
+    limit: float  # most nats that `merged.max` may have
+    factor: float  # `base.mean` is at least so many times `merged.mean`
+    merged: Difference  # the merged model from the trained one
+    base: Difference | None  # the base model from the trained one; None where a full fine-tune's base is not known
+
+
+class Merged(Document):
+    """A folder with a model that needs no adapter any more. Files are named with their SHA-256."""
+
+    schema_: Literal["grpo-autotune/merged/1"] = Field(default="grpo-autotune/merged/1", alias="schema")
+    trained: str  # folder of the trained weights
+    base: str | None  # name or folder of the base model
+    dtype: str  # of the merged weights
+    tied: bool  # True if output and input embeddings are one matrix
+    notes: list[str]  # sentences to know about the merged model
+    proof: Proof
+    trained_files: dict[str, str]
+    base_files: dict[str, str]
+    files: dict[str, str]  # of the merged folder, this receipt apart
+    versions: dict[str, str | None]
