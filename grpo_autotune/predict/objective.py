@@ -34,6 +34,14 @@ class Interval(NamedTuple):
     high: float
     n: int = 0  # observations it rests on; 0 for a prediction
 
+    @property
+    def inverse(self) -> "Interval":
+        return Interval(1.0 / self.value, 1.0 / self.high, 1.0 / self.low, self.n)
+
+    def times(self, factor: float) -> "Interval":
+        """The interval of something that is `factor` times as large."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor, self.n)
+
 
 class Living(NamedTuple):
     """Share of groups whose rewards differ, as a function of their size."""

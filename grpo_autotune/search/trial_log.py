@@ -4,6 +4,7 @@ All of it can be built again from the files of the folder, in the order in which
 """
 
 import statistics
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from grpo_autotune.search.folder import SearchFolder, State
 
 Trial = Generator[None, None, TrialOutcome]
 
+LOOK_S = 0.02
 HANG_S = 120.0
 """Longest silence of a single process; ranks wait for each other, and a collective has a limit of its own
 (`trials.child.collectives`)."""
@@ -31,6 +33,9 @@ HANG_S = 120.0
 class TrialRunner(Protocol):
     """Runner of trials in child processes (`grpo_autotune.trials.parent.runner.Runner`)."""
 
+    is_loading: bool
+
+    def prepare(self) -> None: ...
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome: ...
     def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]: ...
     def close(self) -> None: ...
@@ -39,6 +44,9 @@ class TrialRunner(Protocol):
 class PinnedRunner(Protocol):
     """Runner of the trials of one of several workers: what it starts is resumed until it returns the outcome."""
 
+    is_loading: bool
+
+    def prepare(self) -> None: ...
     def start(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> Trial: ...
     def close(self) -> None: ...
 
@@ -72,8 +80,9 @@ class TrialLog:
         budget: Budget,
         view: View,
         workers: Mapping[str, PinnedRunner] | None = None,  # by the names of the task's places
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.task, self.budget = task, budget
+        self.task, self.budget, self._wait = task, budget, wait
         self._runner, self._view, self._workers = runner, view, dict(workers or {})
         self.said: list[str] = []  # what befell workers, a sentence each
         self.costs = Costs(warm=task.script is None)
@@ -95,6 +104,17 @@ class TrialLog:
             world_size=config.batch.processes,
             **more,
         )
+
+    def prepare(self, spec: TrialSpec) -> None:
+        """Have the processes of all workers load their libraries at the same time, before anything is measured."""
+        if not self._workers or spec.script is not None or spec.world_size > 1:  # a process for each trial
+            return
+        self._show(self.progress(spec))
+        runners = {id(runner): runner for runner in (self._runner, *self._workers.values())}.values()
+        for runner in runners:
+            runner.prepare()
+        while sum(runner.is_loading for runner in runners) and self.budget.left_s > 0.0:
+            self._wait(LOOK_S)
 
     def progress(self, spec: TrialSpec) -> SearchProgress:
         """State of the search at the start of a trial."""

@@ -125,9 +125,17 @@ class PaperTrials:
         self.specs: list[TrialSpec] = []
         self.closed = False
         self.beside = self.most_beside = self.beside_one_alone = 0  # trials of workers that are under way
+        self.loaded_at: float | None = None
 
     def clock(self) -> float:
         return self.now
+
+    def prepare(self) -> None:
+        self.loaded_at = self.now + self.startup_s
+
+    @property
+    def is_loading(self) -> bool:
+        return self.loaded_at is not None and self.now < self.loaded_at
 
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome:
         self.beside_one_alone += self.beside
@@ -204,6 +212,14 @@ class PaperWorker:
 
     def __init__(self, trials: PaperTrials, slower: float) -> None:
         self.trials, self.slower, self.closed = trials, slower, False
+        self.loaded_at: float | None = None
+
+    def prepare(self) -> None:
+        self.loaded_at = self.trials.now + self.slower * self.trials.startup_s
+
+    @property
+    def is_loading(self) -> bool:
+        return self.loaded_at is not None and self.trials.now < self.loaded_at
 
     def start(
         self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None

@@ -120,6 +120,8 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         outcomes = runner.race(specs, rounds=2, deadline_s=280, watch=watch)
         assert [outcome.status for outcome in outcomes] == ["ok", "ok"], outcomes
         warm = runner.run(spec_of(tiny("qwen3"), tmp_path, 2, purpose="rewards", steps=2))
+        later = [spec.model_copy(update={"number": 3 + spec.number}) for spec in specs]
+        assert [outcome.warm for outcome in runner.race(later, rounds=1, deadline_s=280)] == [True, True]
     assert processes(mark) == []
     assert [len(outcome.step_s) for outcome in outcomes] == [2, 2]
     assert turns == ["0", "0", "1", "1", "2", "2", "3", "3"]
@@ -129,6 +131,25 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         assert outcome.step_s == pytest.approx([(steps[0] + steps[1]) / 2, (steps[2] + steps[3]) / 2])
     assert warm.warm and [row.prompt for row in warm.rewards] == [0, 1, 2, 3]
     assert all(len(row.rewards) == 4 and row.truncated <= 4 for row in warm.rewards)
+
+
+@pytest.mark.parametrize("purpose", ["timed", "probe"])
+def test_a_prepared_worker_has_loaded_before_its_trial(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    with marked(monkeypatch), Runner(tmp_path) as runner:
+        runner.prepare()
+        begun_s = time.monotonic()
+        while runner.is_loading:
+            time.sleep(0.01)
+        loaded_s = time.monotonic() - begun_s
+        outcome = runner.run(spec_of(tiny("qwen3"), tmp_path, purpose=purpose, steps=1))
+        took_s = time.monotonic() - begun_s - loaded_s
+    assert outcome.status == "ok" and outcome.startup_s is not None and loaded_s > 1.0
+    if purpose == "probe":  # which tells what a start takes
+        assert not outcome.warm and outcome.startup_s > loaded_s and outcome.elapsed_s > took_s
+    else:
+        assert outcome.warm and outcome.startup_s < loaded_s
 
 
 def test_speed_ups_leave_a_worker_as_warm_as_plain_trl(
