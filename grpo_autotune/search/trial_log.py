@@ -93,7 +93,9 @@ class TrialLog:
         self.memory_bytes: int | None = None  # that a trial may take; None where it is unknown
 
     def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
+        cores = next((place.cores for place in self.task.places if place.name == more.get("place")), ())
         return TrialSpec(
+            cores=cores if config.batch.processes == 1 and self.task.script is None else (),
             number=self.task.folder.next_number(),
             purpose=purpose,
             config=plain(config),
@@ -201,9 +203,10 @@ class TrialLog:
         write_whole(self.task.folder.state_file, state.model_dump_json(indent=2) + "\n")
 
     def rest(self) -> None:
-        """End the workers' processes: from here on trials run alone."""
+        """End the workers' processes but the one that runs trials alone, which do from here on."""
         for runner in self._workers.values():
-            runner.close()
+            if runner is not self._runner:
+                runner.close()
 
     def close(self) -> None:
         self._runner.close()

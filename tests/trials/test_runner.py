@@ -180,8 +180,10 @@ def test_of_two_workers_side_by_side_one_is_killed(
                 child.kill()
 
     with marked(monkeypatch) as mark, contextlib.ExitStack() as stack:
-        runners = [stack.enter_context(Runner(tmp_path, spawn=partial(Worker, place=place))) for place in places]
-        specs = [spec_of(tiny("qwen3"), tmp_path, number, steps=1) for number in range(2)]
+        pinned: list[dict[str, Any]] = [{"spawn": partial(Worker, place=places[0])}, {}]
+        runners = [stack.enter_context(Runner(tmp_path, **more)) for more in pinned]
+        given: list[dict[str, Any]] = [{}, {"cores": places[1].cores}]  # a process of all cores keeps to some of them
+        specs = [spec_of(tiny("qwen3"), tmp_path, number, steps=1, **more) for number, more in enumerate(given)]
         trials = {n: runners[n].start(spec, partial(watch, n)) for n, spec in enumerate(specs)}
         outcomes: dict[int, TrialOutcome] = {}
         while trials:
@@ -194,6 +196,8 @@ def test_of_two_workers_side_by_side_one_is_killed(
             time.sleep(0.01)
         assert outcomes[0].status == "killed" and "SIGKILL" in (outcomes[0].why or "")
         assert outcomes[1].status == "ok" and seen == [{places[0].cores}, {places[1].cores}]
+        again = runners[1].run(spec_of(tiny("qwen3"), tmp_path, 3, steps=1), partial(watch, 1))
+        assert again.warm and seen[1] == {places[1].cores, tuple(cores)}
         stopped = runners[1].start(spec_of(tiny("qwen3"), tmp_path, 2))
         next(stopped)
         assert processes(mark)

@@ -104,7 +104,9 @@ class TrialExecutor:
 
             from grpo_autotune.train.rewards.without_model import is_asking
             from grpo_autotune.train.trial_trainer import quiet_trainer
+            from grpo_autotune.trials.child.cores import keep_to
             from grpo_autotune.trials.child.measure import measure
+        keep_to(spec.cores)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if self._engine is None:
@@ -132,7 +134,7 @@ def load_libraries() -> None:
     expand_segments(os.environ)
     ensure_torchvision()
     from grpo_autotune.train.trainer import build_trainer  # noqa: F401
-    from grpo_autotune.trials.child.measure import measure  # noqa: F401
+    from grpo_autotune.trials.child import cores, measure  # noqa: F401
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     for line in sys.stdin:
         path = Path(line.rstrip("\n"))
         if path.is_file():
-            load_libraries()
+            with Startup().imports():
+                load_libraries()
             path.unlink(missing_ok=True)
         elif code := _run_one(executor, path, warm=warm):
             return code
