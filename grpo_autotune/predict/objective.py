@@ -34,9 +34,9 @@ class Interval(NamedTuple):
     high: float
     n: int = 0  # observations it rests on; 0 for a prediction
 
-    @property
-    def inverse(self) -> "Interval":
-        return Interval(1.0 / self.value, 1.0 / self.high, 1.0 / self.low, self.n)
+    def over(self, other: "Interval") -> "Interval":
+        """The ratio to another of equal meaning."""
+        return Interval(self.value / other.value, self.low / other.high, self.high / other.low, min(self.n, other.n))
 
     def times(self, factor: float) -> "Interval":
         """The interval of something that is `factor` times as large."""

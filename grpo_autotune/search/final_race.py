@@ -19,10 +19,8 @@ MORE_ROUNDS = 5
 MOST_ROUNDS = 20
 LEAST_ROUNDS = 3
 """Fewer pairs than this have no interval worth the name."""
-CLOSE_ROUNDS, MOST_CLOSE_ROUNDS = 10, 40
+CLOSE_ROUNDS, MOST_CLOSE_ROUNDS = 10, 80
 """The same of two that are close: as many at a time as take no longer than starting both, and at most."""
-STARTS = 1.5
-"""Cold starts that the two take who start side by side."""
 SPEED_MARGIN = 1.2
 """A round may take this much longer than both trials' medians say."""
 
@@ -88,7 +86,7 @@ def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS, befor
     pair_s = (before.step.value + rival.step.value) * rival.cycle
     if before.config.use_vllm or rival.config.use_vllm:
         return (rounds + 1) * evaluator.costs.cold_s + SPEED_MARGIN * 2 * rounds * pair_s
-    return STARTS * evaluator.costs.cold_s + SPEED_MARGIN * (rounds + 1) * pair_s
+    return evaluator.costs.pair_s + SPEED_MARGIN * (rounds + 1) * pair_s
 
 
 def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float, before: Entry | None = None) -> int:

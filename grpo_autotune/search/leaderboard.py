@@ -93,7 +93,7 @@ class Leaderboard:
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
     _ratios: dict[tuple[str, str, int], Interval] = field(default_factory=dict)
-    _pairs: dict[tuple[str, str], Interval] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str], Interval] = field(default_factory=dict)  # of races
 
     def __post_init__(self) -> None:
         self.living = living_of(self.record)
@@ -269,7 +269,7 @@ class Leaderboard:
     def note_pair(self, slower: Entry, faster: Entry, ratio: Interval) -> None:
         """Note the score of one entry over that of another, measured side by side."""
         names = name_of(slower.knobs), name_of(faster.knobs)
-        self._pairs |= {names: ratio, names[::-1]: ratio.inverse}
+        self._pairs |= {names: ratio, names[::-1]: Interval(1.0, 1.0, 1.0, ratio.n).over(ratio)}
 
     def pair(self, slower: Entry, faster: Entry) -> Interval | None:
         """Score of one entry over that of another where they were measured side by side."""
@@ -281,10 +281,12 @@ class Leaderboard:
         return self.useful(config) / baseline if baseline > 0.0 else 1.0
 
     def ratio(self, slower: Entry, faster: Entry) -> Interval:
-        """Score of one entry over that of another, side by side or each by its own trial: step by step, as far as both
-        go, for the same prompts and lengths; the machine's pace is taken out, and its doubt added to the interval."""
+        """Score of one entry over that of another, by races or by their trials: step by step, as far as both go, for
+        the same prompts and lengths; the machine's pace is taken out, and its doubt added to the interval."""
         if (side_by_side := self.pair(slower, faster)) is not None:
             return side_by_side
+        if slower.race is not None and faster.race is not None:
+            return faster.race.speedup.over(slower.race.speedup)
         pairs = [before / after for before, after in zip(slower.runs_s, faster.runs_s, strict=False)]
         names = (name_of(slower.knobs), name_of(faster.knobs), len(pairs))
         if names not in self._ratios:
@@ -356,17 +358,15 @@ class Leaderboard:
         return sorted(entries, key=lambda entry: -self.speedup(entry).value)
 
     def best(self, level: Level) -> Entry:
-        """The best that beats the user's configuration beyond noise; else that one. A raced entry counts before one
-        that was not, unless that passed its worst case and is faster whatever the noise in both; of those that were
-        raced, the one that is preferred."""
+        """The best that beats the user's configuration beyond noise; else that one. Of raced ones the preferred counts
+        before one that was not, unless that passed its worst case and is faster whatever the noise in both."""
         better = [entry for entry in self.ranking(level) if entry is self.baseline or self.speedup(entry).low > 1.0]
         raced = [entry for entry in better if entry.race is not None]
         if not raced:
             return next((entry for entry in better if entry.worst_case == "passed"), better[0])
+        best = functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, raced)
         high = self.speedup(raced[0]).high
-        if faster := [e for e in better if e.worst_case == "passed" and self.speedup(e).low > high]:
-            return faster[0]
-        return functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, raced)
+        return next((e for e in better if e.worst_case == "passed" and self.speedup(e).low > high), best)
 
     def prefers(self, entry: Entry, leader: Entry) -> bool:
         """True where an entry is to be recommended before one that led so far: better beyond the noise of a race of
@@ -378,7 +378,7 @@ class Leaderboard:
         return as_good and self.is_simpler(entry, leader)
 
     def is_simpler(self, entry: Entry, other: Entry) -> bool:
-        """True where an entry has fewer changes than another, or as many and numbers nearer to the user's."""
+        """True where an entry changes fewer knobs than another, or as many and numbers by less."""
         return distance(entry.knobs, self.baseline_knobs) < distance(other.knobs, self.baseline_knobs)
 
     def _is_open(self, key: str, value: Any) -> bool:

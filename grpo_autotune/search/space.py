@@ -17,13 +17,11 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of
 from grpo_autotune.knobs.apply import same_value, why_not
 from grpo_autotune.knobs.table import check_keys
-from grpo_autotune.knobs.values import unique
+from grpo_autotune.knobs.values import as_users, unique
 from grpo_autotune.records.probe import ProbeRecord
-from grpo_autotune.speedups.base import kernel_name
 
 FOREIGN = {"grpo": grpo_keys, "peft": peft_keys}
 """Sections whose keys another package defines."""
-KERNEL = "model.attn_implementation"
 MOST_EXPLAINED = 2000
 """Illegal combinations looked at to say which rule empties a space."""
 
@@ -89,9 +87,7 @@ def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
     except ConfigError as error:
         raise ConfigError(error.what, where=f"search.knobs.{key}", fix=error.fix) from error
     baseline = row.current(known.config)
-    if key == KERNEL:  # the kernel that transformers chose for the user is no change by its name
-        runs = known.record.trainer.attn_implementation if known.record is not None else baseline
-        asked = [baseline if kernel_name(value) == kernel_name(runs) else value for value in asked]
+    asked = [as_users(known, key, baseline, value) for value in asked]
     return unique(sorted(asked, key=lambda value: not same_value(value, baseline)))
 
 

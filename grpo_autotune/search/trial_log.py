@@ -33,9 +33,6 @@ HANG_S = 120.0
 class TrialRunner(Protocol):
     """Runner of trials in child processes (`grpo_autotune.trials.parent.runner.Runner`)."""
 
-    is_loading: bool
-
-    def prepare(self) -> None: ...
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome: ...
     def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]: ...
     def close(self) -> None: ...
@@ -44,8 +41,8 @@ class TrialRunner(Protocol):
 class PinnedRunner(Protocol):
     """Runner of the trials of one of several workers: what it starts is resumed until it returns the outcome."""
 
-    is_loading: bool
-
+    @property
+    def is_loading(self) -> bool: ...
     def prepare(self) -> None: ...
     def start(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> Trial: ...
     def close(self) -> None: ...
@@ -108,11 +105,12 @@ class TrialLog:
         )
 
     def prepare(self, spec: TrialSpec) -> None:
-        """Have the processes of all workers load their libraries at the same time, before anything is measured."""
-        if not self._workers or spec.script is not None or spec.world_size > 1:  # a process for each trial
+        """Have the processes of all workers load their libraries at the same time, before anything is measured; one of
+        them runs what runs alone."""
+        runners = self._workers.values()
+        if not runners or spec.script is not None or spec.world_size > 1:  # a process for each trial
             return
         self._show(self.progress(spec))
-        runners = {id(runner): runner for runner in (self._runner, *self._workers.values())}.values()
         for runner in runners:
             runner.prepare()
         while sum(runner.is_loading for runner in runners) and self.budget.left_s > 0.0:

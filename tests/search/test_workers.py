@@ -105,11 +105,8 @@ def test_workers_load_their_libraries_at_the_same_time_before_the_probe(tmp_path
 
     paper = Paper(tmp_path, act=act)
     paper.search()
-    assert not loading and paper.trials.loaded_at == 4.0
+    assert not loading
     assert [worker.loaded_at for worker in paper.workers] == [4.0 * slower for slower in SLOWER.values()]
-    single = Paper(tmp_path / "one", act=lambda spec: None)
-    single.search(places=())
-    assert single.trials.loaded_at is None, "its process loads them in its first trial"
 
 
 def test_the_views_show_every_worker(tmp_path: Path) -> None:

@@ -125,17 +125,9 @@ class PaperTrials:
         self.specs: list[TrialSpec] = []
         self.closed = False
         self.beside = self.most_beside = self.beside_one_alone = 0  # trials of workers that are under way
-        self.loaded_at: float | None = None
 
     def clock(self) -> float:
         return self.now
-
-    def prepare(self) -> None:
-        self.loaded_at = self.now + self.startup_s
-
-    @property
-    def is_loading(self) -> bool:
-        return self.loaded_at is not None and self.now < self.loaded_at
 
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome:
         self.beside_one_alone += self.beside
