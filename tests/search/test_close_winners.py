@@ -88,6 +88,7 @@ def test_the_simpler_one_does_not_win_by_the_others_wide_interval() -> None:
     board = board_of(({MICRO: 16, CHECKPOINTING: False}, (3.0, 4.3, 4.7)), ({MICRO: 16}, (3.1, 3.4, 3.8)))
     _, both, micro = board.entries.values()
     assert board.best("exact") is micro, "all that is known are two races at different times"
+    assert board.ratio(micro, both)[:3] == pytest.approx((4.3 / 3.4, 3.0 / 3.8, 4.7 / 3.1))
     board.note_pair(micro, both, Interval(1.12, 1.06, 1.2, 20))
     assert board.best("exact") is both and board.ratio(both, micro).value == pytest.approx(1 / 1.12)
     board.note_pair(micro, both, Interval(1.12, 0.98, 1.2, 20))
