@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -150,6 +151,15 @@ def test_a_prepared_worker_has_loaded_before_its_trial(
         assert not outcome.warm and outcome.startup_s > loaded_s and outcome.elapsed_s > took_s
     else:
         assert outcome.warm and outcome.startup_s < loaded_s
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_ended_while_it_loads_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        runner.prepare()
+        assert runner.is_loading and len(list(tmp_path.iterdir())) == 1
+    assert processes(mark) == [] and not list(tmp_path.iterdir())
 
 
 def test_speed_ups_leave_a_worker_as_warm_as_plain_trl(

@@ -169,6 +169,8 @@ class Runner(AbstractContextManager["Runner"]):
         workers, self._worker, self._spare = (self._worker, self._spare), None, None
         for worker in filter(None, workers):
             worker.end()
+        if self._loading is not None:
+            self._loading[0].unlink(missing_ok=True)
 
     def _blamed(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
         """A failed trial, with its server's reason where that ended first."""
