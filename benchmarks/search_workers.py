@@ -3,9 +3,10 @@
     python -m benchmarks.search_workers [FOLDER] [SEARCHES]
 
 Each of so many searches, with a seed of its own, runs twice: by one worker on one core, and by two workers on a core
-each. Trials per minute are those of the search's middle (from the first trial after the probe to the last one before
-what runs alone), by the times at which the trials' files were written; and those without each worker's first trial, in
-which its process starts. `FOLDER` keeps the searches: one that is there is not run again.
+each, all processes of one thread. Counted are the trials that workers share, by the times at which files were written:
+over the time until the last of them less one worker's start and probe, so that what the start of two delays the search
+counts; over all that time; and without each worker's first trial. `FOLDER` keeps the searches: one that is there is not
+run again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from benchmarks.result import ratio, write
 from grpo_autotune.config.schema import load_config
-from grpo_autotune.records.search import SearchReport, TrialRow
+from grpo_autotune.records.search import SearchReport
 from grpo_autotune.search.folder import SearchFolder, load_search
 
 BUDGET_S = 120
@@ -41,6 +42,9 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/search_workers")
     count = int(sys.argv[2]) if len(sys.argv) > 2 else SEARCHES
     rows = [_searched(folder, seed, way) for seed in range(count) for way in WAYS]
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        for row in (one, two):
+            row["trials_per_minute"] = row["trials"] / (row["minutes"] - one["probe_minutes"])
     by = {(row["seed"], row["way"]): row for row in rows}
     pairs = [(by[seed, "one worker"], by[seed, "two workers"]) for seed in range(count)]
 
@@ -50,6 +54,7 @@ def main() -> None:
     same = [one["winner"] == two["winner"] for one, two in pairs]
     ratios = {
         "trials per minute of two workers over one": over("trials_per_minute"),
+        "trials per minute of two workers over one, with the probe": over("whole_trials_per_minute"),
         "trials per minute of two workers over one, once they have begun": over("begun_trials_per_minute"),
         "same winner": {"median": sum(same) / count, "low": min(same), "high": max(same), "n": count},
     }
@@ -65,32 +70,32 @@ def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
         own = folder / f"{seed}.yaml"
         own.write_text(load_config("demo", [*OVERRIDES, f"search.seed={seed}"]).to_yaml(), encoding="utf-8")
         words = ["-m", "grpo_autotune", "search", str(own), "--budget", f"{BUDGET_S}s", "--workers", workers]
-        first = set(sorted(os.sched_getaffinity(0))[:cores])
+        first, environment = set(sorted(os.sched_getaffinity(0))[:cores]), os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
             [sys.executable, *words, "--run-dir", str(place.path)],
-            check=True, stdout=sys.stderr, preexec_fn=lambda: os.sched_setaffinity(0, first),
+            check=True, stdout=sys.stderr, env=environment, preexec_fn=lambda: os.sched_setaffinity(0, first),
         )  # fmt: skip
     report = load_search(place.path)
-    (trials, minutes), (later, later_minutes) = (_middle(place, report, begun) for begun in (False, True))
-    best = {"speedup": report.best.speedup, "ci": report.best.ci, "raced": report.best.raced}
+    trials = [row for row in report.trials if row.source in MIDDLE and row.purpose == "timed"]
+    firsts = {row.place: row.number for row in reversed(trials)}
+    later = [row for row in trials if row.number != firsts[row.place]]
+    begun, ended = _time(place.config), max(_time(place.trial(row.number) / "outcome.json") for row in trials)
+    probed = _time(place.trial(report.trials[0].number) / "outcome.json")
+    later_begun = min(_time(place.trial(row.number) / "spec.json") for row in later)
     return {
-        "seed": seed, "way": way, "trials": len(trials), "minutes": minutes,
-        "trials_per_minute": len(trials) / minutes, "begun_trials_per_minute": len(later) / later_minutes,
-        "winner": report.best.changed, **best,
+        "seed": seed, "way": way, "trials": len(trials), "minutes": (ended - begun) / 60.0,
+        "probe_minutes": (probed - begun) / 60.0,
+        "whole_trials_per_minute": 60.0 * len(trials) / (ended - begun),
+        "begun_trials_per_minute": 60.0 * len(later) / (ended - later_begun),
+        "winner": report.best.changed,
+        "speedup": report.best.speedup, "ci": report.best.ci, "raced": report.best.raced,
         "own_step_s": report.baseline.step_s, "elapsed_s": report.elapsed_s, "others": _others(report),
         "notes": [note for note in report.notes if note.startswith("Worker")],
     }  # fmt: skip
 
 
-def _middle(place: SearchFolder, report: SearchReport, without_first: bool) -> tuple[list[TrialRow], float]:
-    """The trials that workers share, `without_first` of each worker, and minutes from the first order to the last
-    outcome."""
-    trials = [row for row in report.trials if row.source in MIDDLE and row.purpose == "timed"]
-    firsts = {row.place: row.number for row in reversed(trials)}
-    trials = [row for row in trials if not without_first or row.number != firsts[row.place]]
-    begun = min((place.trial(row.number) / "spec.json").stat().st_mtime for row in trials)
-    ended = max((place.trial(row.number) / "outcome.json").stat().st_mtime for row in trials)
-    return trials, (ended - begun) / 60.0
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _others(report: SearchReport) -> float | None:

@@ -107,9 +107,11 @@ def test_two_workers_of_a_search() -> None:
     ratios = json.loads((ROOT / "docs/benchmarks/search_workers.json").read_text())["ratios"]
     name = "trials per minute of two workers over one"
     words = "{median:.2f}x ({low:.2f} to {high:.2f})"
-    begun, all_in = (words.format(**ratios[key]) for key in (f"{name}, once they have begun", name))
+    names = (name, f"{name}, with the probe", f"{name}, once they have begun")
+    after, whole, begun = (words.format(**ratios[key]) for key in names)
     same, page = ratios["same winner"], (ROOT / "docs/benchmarks/README.md").read_text()
-    assert f"{begun} without each worker's first trial" in page and f"{all_in} with it" in page
+    assert f"{after} after the probe" in page and f"{whole} with it" in page
+    assert f"{begun} without each worker's first trial" in page
     assert f"the same for {round(same['median'] * same['n'])} of {same['n']} seeds" in page
 
 

@@ -33,13 +33,15 @@ def search_config(config: RunConfig, workers: str, *, run_dir: Path, **asked: An
         smallest = sorted(gpus, key=lambda gpu: gpu.memory_bytes)[:processes]
         machine = machine.model_copy(update={"gpus": tuple(smallest)})
 
+    one_process = processes == 1 and asked.get("script") is None  # which its trials keep to their cores
+
     @cache
     def worker(folder: Path, place: Place) -> Runner:
         used = partial(used_gpu_bytes, place.gpus) if place.gpus else used_gpu_bytes
-        return Runner(folder, spawn=partial(Worker, place=place), used=used)
+        return Runner(folder, spawn=partial(Worker, place=place if place.gpus or not one_process else None), used=used)
 
     def alone(folder: Path) -> Runner:
-        return worker(folder, places[0]) if places and places[0].gpus else Runner(folder)
+        return worker(folder, places[0]) if places and (places[0].gpus or one_process) else Runner(folder)
 
     live = LiveFile(run_dir)
     came: list[int] = [signal.SIGINT]

@@ -53,6 +53,14 @@ def kernels(context: KnobContext, own: str | None) -> tuple[str | None, ...]:
     return (own, *(name for name in others if kernel_rule(context, name) is None))
 
 
+def as_users(context: KnobContext, key: str, own: Any, value: Any) -> Any:
+    """The user's own value of a knob for another that means the same: the attention kernel that its probe ran with."""
+    if key != "model.attn_implementation":
+        return value
+    runs = own if context.record is None else context.record.trainer.attn_implementation
+    return own if kernel_name(value) == kernel_name(runs) else value
+
+
 def switch(own: Any) -> tuple[bool, bool]:
     """The user's own, and the other."""
     return (True, False) if own else (False, True)

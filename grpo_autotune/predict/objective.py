@@ -34,6 +34,14 @@ class Interval(NamedTuple):
     high: float
     n: int = 0  # observations it rests on; 0 for a prediction
 
+    def over(self, other: "Interval") -> "Interval":
+        """The ratio to another of equal meaning."""
+        return Interval(self.value / other.value, self.low / other.high, self.high / other.low, min(self.n, other.n))
+
+    def times(self, factor: float) -> "Interval":
+        """The interval of something that is `factor` times as large."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor, self.n)
+
 
 class Living(NamedTuple):
     """Share of groups whose rewards differ, as a function of their size."""

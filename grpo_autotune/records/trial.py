@@ -81,6 +81,7 @@ class TrialSpec(Frozen):
     server_port: int | None = None
     # part of the machine that it is pinned to, beside others' trials; None for one that runs alone
     place: str | None = None
+    cores: tuple[int, ...] = ()  # of that part, where a single process computes on them; none for all
     # who wanted it: `user`, `models`, `sampler`, `queue`, `race`, `revert`, `again`, `alone`; for the record alone
     source: str = "user"
 

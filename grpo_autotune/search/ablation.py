@@ -15,7 +15,7 @@ from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry
 
 SMALL = 1.1
-"""A change that is predicted to bring less may turn out to bring nothing; then time for another race is needed."""
+"""A gain that is predicted, or measured by trials at different times, to be less may turn out to be nothing."""
 
 
 def measure_ablations(evaluator: Evaluator, winner: Entry, kept_s: float) -> None:

@@ -15,6 +15,8 @@ CLOSING_S = 2.0
 """Kept for ending the last process and writing the files; at most a tenth of the budget."""
 WARM_SAVES = 0.6
 """Of start and warm-up, where the process has its libraries loaded: two thirds of what was measured on CPUs."""
+STARTS = 1.5
+"""Cold starts that the two take who start side by side."""
 SURE = 1.15
 """A trial is begun where its estimate and this much more fit."""
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -76,6 +78,7 @@ class Costs:
         self._cold: list[float] = []
         self._warm: list[float] = []
         self._first_share = 1.0 - WARM_SAVES if warm else 1.0
+        self.pair_is_warm = False  # the processes of the last race stayed for the next
 
     def learn(self, outcome: TrialOutcome) -> None:
         if outcome.status != "ok" or not outcome.step_s:
@@ -97,6 +100,11 @@ class Costs:
     def cold_s(self) -> float:
         """The same of a fresh process."""
         return max(self._cold, default=0.0)
+
+    @property
+    def pair_s(self) -> float:
+        """Start-up of two side by side."""
+        return 2.0 * self.beside_s if self.pair_is_warm else STARTS * self.cold_s
 
     def trial_s(self, step_s: float, steps: int) -> float:
         return self.beside_s + steps * step_s

@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.evaluator import Evaluator, Order
-from grpo_autotune.search.trial_log import Trial
-
-LOOK_S = 0.02
+from grpo_autotune.search.trial_log import LOOK_S, Trial
 
 
 class Crew:

@@ -1,19 +1,26 @@
 """End of a search: worst case and race for whatever would be written, and for all that takes its place after them.
 
-An entry that leads is tested once: first the best of each file without changes that bring nothing, later what ablation
-trials bring up. Only where time runs out is a winner written that was not raced.
+What trials at different times do not surely tell apart is raced side by side: first the combinations that lead, then
+the best of them against itself without each change. What is no better beyond noise gives way to what is simpler. An
+entry that leads is tested once, and so is what ablation trials bring up later. Only where time runs out is a winner
+written that was not raced.
 """
 
+from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
-from grpo_autotune.search.ablation import SMALL, measure_ablations, simpler, taken_back
+from grpo_autotune.search.ablation import SMALL, contribution, measure_ablations, simpler, taken_back
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.final_race import race, race_s
+from grpo_autotune.search.final_race import compare, race, race_s
 from grpo_autotune.search.guard_trials import judge_group, run_worst_case, worst_case_s
 from grpo_autotune.search.leaderboard import TIE, Entry, Level
 from grpo_autotune.search.study import name_of
 
 FINALISTS = 3
+CLOSE = 1.3
+"""On a machine that others use, too, one combination may differ by so much from itself from one trial to the next."""
+RIVALS = 4
+"""So many of those that come closest to the best by their trials may be raced against it."""
 
 
 def end_s(evaluator: Evaluator, entry: Entry) -> float:
@@ -34,7 +41,7 @@ class Ending:
             changed = self._board.changed(entry.knobs)
             if [key for key, value in changed.items() if self._board.evidence(key, value) == "unproven"] == [GROUP]:
                 entry = self._alone(entry)
-                judge_group(self._evaluator, entry, self._budget.left_s - end_s(self._evaluator, entry))
+                judge_group(self._evaluator, entry, self._room_s(entry))
 
     def settle(self, level: Level) -> None:
         """Test the best of a file, the next best only where it does not hold, and what challenges one that does."""
@@ -49,7 +56,7 @@ class Ending:
         while (winner := self._board.best("tuned")).race is not None:
             measure_ablations(self._evaluator, winner, end_s(self._evaluator, winner))
             self.settle("tuned")
-            if self._board.best("tuned") is winner:
+            if self._board.best("tuned").knobs == winner.knobs:
                 return
 
     def _challenger(self, level: Level) -> Entry | None:
@@ -59,8 +66,11 @@ class Ending:
         if leader.race is not None:
             fresh = (entry for entry in rivals if name_of(entry.knobs) not in self._tested)
             return next((entry for entry in fresh if self._challenges(entry, leader)), None)
-        for rival in rivals[:FINALISTS]:
-            entry = self._without_idle(rival)
+        for number, rival in enumerate(rivals[:FINALISTS]):
+            entry = self._alone(rival)
+            for other in rivals[number + 1 : number + RIVALS]:
+                entry = self._better(entry, other)
+            entry = self._without_idle(entry)
             if name_of(entry.knobs) not in self._tested:
                 return entry
             if entry.fails is None and entry.race is None:
@@ -68,20 +78,45 @@ class Ending:
         return None
 
     def _challenges(self, entry: Entry, leader: Entry) -> bool:
-        """True where a race may show an entry to be faster than a raced leader, or as fast with fewer changes."""
+        """True where a race may show an entry to be faster than a raced leader, or as fast and simpler."""
         loss = self._board.ratio(entry, leader)
-        fewer = len(self._board.changed(entry.knobs)) < len(self._board.changed(leader.knobs))
-        return loss.value < 1.0 - TIE or (fewer and loss.low <= 1.0 and loss.value < SMALL)
+        faster, simpler = loss.value < 1.0 - TIE, self._board.is_simpler(entry, leader)
+        if not faster and not (simpler and loss.low <= 1.0 and loss.value < SMALL):
+            return False
+        return self._better(leader, entry, unknown=faster).knobs == entry.knobs
+
+    def _better(self, leader: Entry, rival: Entry, *, unknown: bool = False) -> Entry:
+        """The one to recommend of two, by a race of both where trials do not tell them apart and there is time for it;
+        else the rival where it is `unknown` to be worse, or as good by their trials and simpler."""
+        board, name = self._board, name_of(leader.knobs)
+        loss = board.ratio(rival, leader)
+        if board.pair(rival, leader) is None and (loss.low <= 1.0 or loss.value < CLOSE):
+            compare(self._evaluator, leader, rival, self._room_s(rival))
+        leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
+        if rival.fails is not None:
+            return leader
+        if board.pair(rival, leader) is not None:
+            return rival if board.prefers(rival, leader) else leader
+        as_good = loss.low <= 1.0 and loss.value < SMALL and board.is_simpler(rival, leader)
+        return rival if unknown or as_good else leader
 
     def _without_idle(self, entry: Entry) -> Entry:
-        """An entry without its changes that bring nothing: by prediction, and by a trial where there is time."""
+        """An entry without its changes that bring nothing: by prediction all at once, then one after another."""
+        evaluator, board = self._evaluator, self._board
         entry = self._alone(entry)
-        room_s = self._budget.left_s - end_s(self._evaluator, entry)
-        fewer = taken_back(self._evaluator, simpler(self._evaluator, entry), room_s)
-        if fewer is None or fewer.fails is not None:
+        entry = self._or_less(entry, simpler(evaluator, entry))
+        rows = [contribution(evaluator, entry, key) for key in board.changed(entry.knobs)]
+        for row in sorted(rows, key=lambda row: row.factor or 0.0):
+            if row.factor is not None and row.factor < CLOSE:
+                entry = self._or_less(entry, board.without(entry.knobs, row.key))
+        return entry
+
+    def _or_less(self, entry: Entry, knobs: Knobs) -> Entry:
+        """The better of an entry and the same with less changed, which is measured where there is time."""
+        fewer = taken_back(self._evaluator, knobs, self._room_s(entry))
+        if fewer is None or fewer.fails is not None or knobs in (entry.knobs, self._board.baseline_knobs):
             return entry
-        loss = self._board.ratio(fewer, entry)
-        return fewer if loss.low <= 1.0 and loss.value < SMALL else entry
+        return self._better(entry, fewer)
 
     def _test(self, entry: Entry) -> None:
         """Run an entry's worst case and race, while there is time."""
@@ -95,4 +130,8 @@ class Ending:
             judge_group(evaluator, entry, self._budget.left_s)
 
     def _alone(self, entry: Entry) -> Entry:
-        return self._evaluator.alone(entry, self._budget.left_s - end_s(self._evaluator, entry))
+        return self._evaluator.alone(entry, self._room_s(entry))
+
+    def _room_s(self, entry: Entry) -> float:
+        """Seconds that an entry's worst case and race do not need."""
+        return self._budget.left_s - end_s(self._evaluator, entry)

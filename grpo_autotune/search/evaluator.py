@@ -89,14 +89,15 @@ class Evaluator:
         self.record(spec, outcome)
         return outcome
 
-    def race(self, rival: Entry, rounds: int, limit_s: float) -> tuple[TrialOutcome, TrialOutcome]:
-        """Run so many rounds of the user's configuration and a rival interleaved, and record both."""
-        first = self.spec("timed", self.board.baseline_knobs, limit_s, steps=1, source="race")
+    def race(self, before: Entry, rival: Entry, rounds: int, limit_s: float) -> tuple[TrialOutcome, TrialOutcome]:
+        """Run so many rounds of two combinations interleaved, and record both."""
+        first = self.spec("timed", before.knobs, limit_s, steps=1, source="race")
         second = self.spec("timed", rival.knobs, limit_s, steps=1, source="race")
         second = second.model_copy(update={"number": first.number + 1})
         outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
         for spec, outcome in zip((first, second), outcomes, strict=True):
             self.record(spec, outcome)
+        self.costs.pair_is_warm = all(outcome.warm for outcome in outcomes)
         return outcomes[0], outcomes[1]
 
     def timed(self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None) -> Entry | None:

@@ -1,22 +1,26 @@
-"""Interleaved race of a combination against the user's configuration on the same prompts, so that a disturbance of the
-machine slows both.
+"""Interleaved race of two combinations on the same prompts, so that a disturbance of the machine slows both.
 
-Each round gives one ratio of their seconds per step; the speed-up is the median ratio with its bootstrap interval.
-Rounds go on while the interval holds 1 and there is time.
+Each round gives one ratio of their seconds per step; the ratio is the median of them with its bootstrap interval. The
+winner is raced against the user's configuration, and before that against what its trial does not surely beat. Rounds
+go on while noise hides which is better, and there is time.
 """
+
+from collections.abc import Iterator
 
 from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import median_interval
+from grpo_autotune.search.ablation import SMALL
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.leaderboard import Entry, RaceResult, scaled
+from grpo_autotune.search.leaderboard import Entry, RaceResult, is_apart
+from grpo_autotune.search.study import name_of
 
 FIRST_ROUNDS = 5
 MORE_ROUNDS = 5
 MOST_ROUNDS = 20
 LEAST_ROUNDS = 3
 """Fewer pairs than this have no interval worth the name."""
-STARTS = 1.5
-"""Cold starts that the two take who start side by side."""
+CLOSE_ROUNDS, MOST_CLOSE_ROUNDS = 10, 80
+"""The same of two that are close: as many at a time as take no longer than starting both, and at most."""
 SPEED_MARGIN = 1.2
 """A round may take this much longer than both trials' medians say."""
 
@@ -24,46 +28,68 @@ SPEED_MARGIN = 1.2
 def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
     """Race a combination against the user's configuration; its entry with the result, as it was where there was no
     time, and barred from winning where it failed."""
+    board = evaluator.board
+    for result in _results(evaluator, board.baseline, rival, room_s, (FIRST_ROUNDS, MORE_ROUNDS, MOST_ROUNDS)):
+        rival = board.update(rival, race=result)
+        if result.speedup.low > 1.0 or result.speedup.high < 1.0:
+            break
+    return board.entries[name_of(rival.knobs)]
+
+
+def compare(evaluator: Evaluator, leader: Entry, rival: Entry, room_s: float) -> None:
+    """Race two combinations that may be as good, until one is better beyond noise, or they are shown to be about
+    equal."""
+    pair_s = race_s(evaluator, rival, 1, leader) - race_s(evaluator, rival, 0, leader)
+    rounds = max(FIRST_ROUNDS, min(CLOSE_ROUNDS, int(race_s(evaluator, rival, 0, leader) / pair_s)))
+    for result in _results(evaluator, leader, rival, room_s, (rounds, rounds, MOST_CLOSE_ROUNDS)):
+        evaluator.board.note_pair(leader, rival, result.speedup)
+        if is_apart(result.speedup) or 1.0 / SMALL < result.speedup.low <= result.speedup.high < SMALL:
+            break
+
+
+def _results(
+    evaluator: Evaluator, before: Entry, rival: Entry, room_s: float, rounds: tuple[int, int, int]
+) -> Iterator[RaceResult]:
+    """Score of a rival over that of another entry after the first so many rounds, then after more, and at most; a rival
+    that fails is barred from winning."""
     board, budget = evaluator.board, evaluator.budget
     end_s, pairs = budget.elapsed_s + room_s, list[tuple[float, float]]()
-    wanted = FIRST_ROUNDS
-    while len(pairs) < MOST_ROUNDS:
+    wanted, more, most = rounds
+    while len(pairs) < most:
         left_s = end_s - budget.elapsed_s
-        rounds = min(wanted, rounds_that_fit(evaluator, rival, left_s))
-        if rounds < LEAST_ROUNDS:
-            break
-        baseline, other = evaluator.race(rival, rounds, left_s)
-        if baseline.status == "ok" and other.status not in ("ok", "timeout"):
-            return board.update(rival, fails=f"failed in the race: {other.why or other.status}", race=None)
+        fitting = min(wanted, rounds_that_fit(evaluator, rival, left_s, before))
+        if fitting < LEAST_ROUNDS:
+            return
+        one, other = evaluator.race(before, rival, fitting, left_s)
+        if one.status == "ok" and other.status not in ("ok", "timeout"):
+            board.update(rival, fails=f"failed in the race: {other.why or other.status}", race=None)
+            return
         rival = board.add_peak(rival, other.peak_bytes)
-        pairs += zip(baseline.step_s, other.step_s, strict=False)  # the last round may have been cut short
+        pairs += zip(one.step_s, other.step_s, strict=False)  # the last round may have been cut short
         if len(pairs) < LEAST_ROUNDS:
-            break
-        sides = [stage_seconds(side.record.timings) if side.record else {} for side in (baseline, other)]
+            return
+        sides = [stage_seconds(side.record.timings) if side.record else {} for side in (one, other)]
         aside = [board.apart_s(stages_s) for stages_s in sides]
-        ratios = [(before + aside[0]) / (after + aside[1]) for before, after in pairs]
-        speedup = scaled(median_interval(ratios, board.confidence), board.worth(rival.config))
-        speedup = board.bounded(speedup, board.baseline, rival)
+        ratios = [(first + aside[0]) / (second + aside[1]) for first, second in pairs]
+        worth = board.worth(rival.config) / board.worth(before.config)
+        speedup = board.bounded(median_interval(ratios, board.confidence).times(worth), before, rival)
         before_s, after_s = (median_interval(side, board.confidence) for side in zip(*pairs, strict=True))
-        rival = board.update(rival, race=RaceResult(speedup, step=after_s, baseline_step=before_s))
-        if speedup.low > 1.0 or speedup.high < 1.0:
-            break
-        wanted = MORE_ROUNDS
-    return rival
+        yield RaceResult(speedup, step=after_s, baseline_step=before_s)
+        wanted = more
 
 
-def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS) -> float:
-    """Seconds of a race, by default of the shortest: both start side by side, warm up, and run the rounds. With an
-    engine in one of them each block starts and warms up anew (`trials.parent.interleave`); of two in a row the second
-    may find its process warm."""
-    baseline = evaluator.board.baseline
-    pair_s = (baseline.step.value + rival.step.value) * rival.cycle
-    if baseline.config.use_vllm or rival.config.use_vllm:
+def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS, before: Entry | None = None) -> float:
+    """Seconds of a race, by default of the shortest, and against the user's configuration: both start side by side,
+    warm up, and run the rounds. With an engine in one of them each block starts and warms up anew
+    (`trials.parent.interleave`); of two in a row the second may find its process warm."""
+    before = before or evaluator.board.baseline
+    pair_s = (before.step.value + rival.step.value) * rival.cycle
+    if before.config.use_vllm or rival.config.use_vllm:
         return (rounds + 1) * evaluator.costs.cold_s + SPEED_MARGIN * 2 * rounds * pair_s
-    return STARTS * evaluator.costs.cold_s + SPEED_MARGIN * (rounds + 1) * pair_s
+    return evaluator.costs.pair_s + SPEED_MARGIN * (rounds + 1) * pair_s
 
 
-def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float) -> int:
+def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float, before: Entry | None = None) -> int:
     """Rounds after both have started and made a step to warm up."""
-    start_s = race_s(evaluator, rival, 0)
-    return max(0, int((room_s - start_s) / (race_s(evaluator, rival, 1) - start_s)))
+    start_s = race_s(evaluator, rival, 0, before)
+    return max(0, int((room_s - start_s) / (race_s(evaluator, rival, 1, before) - start_s)))

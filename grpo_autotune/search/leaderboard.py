@@ -1,5 +1,6 @@
 """Leaderboard of the measured combinations: seconds per step, score, memory, and what may be recommended."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.pace import Pace
-from grpo_autotune.search.study import differing, name_of
+from grpo_autotune.search.study import differing, distance, name_of
 
 Level = Literal["exact", "tuned", "open", "fast"]
 """Combinations that may be recommended: those that change nothing learned; those whose changes are proven or accepted;
@@ -92,6 +93,7 @@ class Leaderboard:
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
     _ratios: dict[tuple[str, str, int], Interval] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str], Interval] = field(default_factory=dict)  # of races
 
     def __post_init__(self) -> None:
         self.living = living_of(self.record)
@@ -227,8 +229,9 @@ class Leaderboard:
         return self.update(entry, peak_bytes=_larger(entry.peak_bytes, peak_bytes), **changes)
 
     def update(self, entry: Entry, **changes: Any) -> Entry:
-        later = self.entries[name_of(entry.knobs)] = replace(entry, **changes)
-        return later
+        name = name_of(entry.knobs)
+        self.entries[name] = replace(self.entries[name], **changes)
+        return self.entries[name]
 
     # Scores
 
@@ -263,14 +266,27 @@ class Leaderboard:
         """The machine's pace when an entry was measured; that of a worker's place is over the first pace already."""
         return self.pace.at(entry.number) if entry.place is None else 1.0
 
+    def note_pair(self, slower: Entry, faster: Entry, ratio: Interval) -> None:
+        """Note the score of one entry over that of another, measured side by side."""
+        names = name_of(slower.knobs), name_of(faster.knobs)
+        self._pairs |= {names: ratio, names[::-1]: Interval(1.0, 1.0, 1.0, ratio.n).over(ratio)}
+
+    def pair(self, slower: Entry, faster: Entry) -> Interval | None:
+        """Score of one entry over that of another where they were measured side by side."""
+        return self._pairs.get((name_of(slower.knobs), name_of(faster.knobs)))
+
     def worth(self, config: RunConfig) -> float:
         """Useful completions per step over those of the user's configuration."""
         baseline = self.useful(self.config)
         return self.useful(config) / baseline if baseline > 0.0 else 1.0
 
     def ratio(self, slower: Entry, faster: Entry) -> Interval:
-        """Score of one entry over that of another, each by its own trial: step by step, as far as both go, for the
-        same prompts and lengths; the machine's pace is taken out, and its doubt added to the interval."""
+        """Score of one entry over that of another, by races or by their trials: step by step, as far as both go, for
+        the same prompts and lengths; the machine's pace is taken out, and its doubt added to the interval."""
+        if (side_by_side := self.pair(slower, faster)) is not None:
+            return side_by_side
+        if slower.race is not None and faster.race is not None:
+            return faster.race.speedup.over(slower.race.speedup)
         pairs = [before / after for before, after in zip(slower.runs_s, faster.runs_s, strict=False)]
         names = (name_of(slower.knobs), name_of(faster.knobs), len(pairs))
         if names not in self._ratios:
@@ -279,7 +295,7 @@ class Leaderboard:
         doubt = self.pace.doubt if n > 1 else math.inf
         factor = self.worth(faster.config) / self.worth(slower.config)
         factor *= self._pace(faster) / self._pace(slower)
-        return self.bounded(scaled(Interval(value, low / doubt, high * doubt, n), factor), slower, faster)
+        return self.bounded(Interval(value, low / doubt, high * doubt, n).times(factor), slower, faster)
 
     def bounded(self, ratio: Interval, slower: Entry, faster: Entry) -> Interval:
         """A ratio of two entries within Amdahl's bounds; where they are next to nothing, noise is all there is. As far
@@ -342,17 +358,28 @@ class Leaderboard:
         return sorted(entries, key=lambda entry: -self.speedup(entry).value)
 
     def best(self, level: Level) -> Entry:
-        """The best that beats the user's configuration beyond noise; else that one. A raced entry counts before one
-        that was not, unless that passed its worst case and is faster whatever the noise in both; of those that were
-        raced and are as good within the noise of the best, the one with the fewest changes."""
+        """The best that beats the user's configuration beyond noise; else that one. Of raced ones the preferred counts
+        before one that was not, unless that passed its worst case and is faster whatever the noise in both."""
         better = [entry for entry in self.ranking(level) if entry is self.baseline or self.speedup(entry).low > 1.0]
         raced = [entry for entry in better if entry.race is not None]
         if not raced:
             return next((entry for entry in better if entry.worst_case == "passed"), better[0])
-        best = self.speedup(raced[0])
-        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > best.high)
-        as_good = (entry for entry in raced if self.speedup(entry).value >= best.low)
-        return next(faster, min(as_good, key=lambda entry: len(self.changed(entry.knobs))))
+        best = functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, raced)
+        high = self.speedup(raced[0]).high
+        return next((e for e in better if e.worst_case == "passed" and self.speedup(e).low > high), best)
+
+    def prefers(self, entry: Entry, leader: Entry) -> bool:
+        """True where an entry is to be recommended before one that led so far: better beyond the noise of a race of
+        the two, or as good (without one: by their speed-ups) and simpler."""
+        gain = self.pair(leader, entry)
+        if gain is not None and is_apart(gain):
+            return gain.value > 1.0
+        as_good = gain is not None or self.speedup(entry).value >= self.speedup(leader).low
+        return as_good and self.is_simpler(entry, leader)
+
+    def is_simpler(self, entry: Entry, other: Entry) -> bool:
+        """True where an entry changes fewer knobs than another, or as many and numbers by less."""
+        return distance(entry.knobs, self.baseline_knobs) < distance(other.knobs, self.baseline_knobs)
 
     def _is_open(self, key: str, value: Any) -> bool:
         """True where a search can prove a learning knob's value, and has not tried."""
@@ -364,9 +391,9 @@ class Leaderboard:
         return self.seconds(entry) / self.seconds(self.baseline)
 
 
-def scaled(interval: Interval, factor: float) -> Interval:
-    """An interval of something that is `factor` times as large."""
-    return Interval(interval.value * factor, interval.low * factor, interval.high * factor, interval.n)
+def is_apart(ratio: Interval) -> bool:
+    """True where a ratio of two scores is neither noise nor next to nothing."""
+    return (ratio.low > 1.0 or ratio.high < 1.0) and abs(math.log(ratio.value)) > math.log(1.0 + TIE)
 
 
 def _larger(*peaks: int | None) -> int | None:

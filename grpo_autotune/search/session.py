@@ -25,10 +25,11 @@ from grpo_autotune.processes.ending import signal_of
 from grpo_autotune.records.search import Ended, SearchReport
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.acquisition import Pool, Ranking, rank
-from grpo_autotune.search.budget import SURE, Budget
+from grpo_autotune.search.budget import MOST_END_SHARE, SURE, Budget
 from grpo_autotune.search.crew import Crew
 from grpo_autotune.search.ending import Ending, end_s
 from grpo_autotune.search.evaluator import Evaluator, Order
+from grpo_autotune.search.final_race import FIRST_ROUNDS, race_s
 from grpo_autotune.search.folder import SearchFolder, fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials, group_s, open_questions
 from grpo_autotune.search.start import Fit, Recalled, measure_baseline, open_search, recall, refuse_server
@@ -202,6 +203,8 @@ class Session:
         if leader is not self._board.baseline:  # and for one more trial, without changes that bring nothing
             again = 1 if leader.place is None else 2  # and that was measured beside others, once more alone
             room_s = end_s(evaluator, leader) + group_s(evaluator, leader) + again * evaluator.expected_s(leader.knobs)
+            more_s = room_s + race_s(evaluator, leader, FIRST_ROUNDS, leader)  # against what is close
+            room_s = more_s if more_s <= MOST_END_SHARE * self._budget.total_s else room_s
         self._budget.keep(room_s)
 
     def _rank(self, place: str | None) -> Ranking:
@@ -333,7 +336,7 @@ def search(
             raise ConfigError(f"this search has spent {hms(budget.elapsed_s)} already", where="--budget", fix=fix)
         recalled = folder.trials() if state else []
         workers = {place.name: worker(run_dir, place) for place in places} if worker is not None else {}
-        with full_disk_told(run_dir), closing(TrialLog(task, runner(run_dir), budget, view, workers)) as log:
+        with full_disk_told(run_dir), closing(TrialLog(task, runner(run_dir), budget, view, workers, wait)) as log:
             evaluator, pool = open_search(log, recalled, fit, storage, sampler)
             return Session(evaluator, pool, sampler, shared=bool(storage), wait=wait).run(recalled)
 

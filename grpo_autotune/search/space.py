@@ -17,7 +17,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.knobs import TABLE, KnobContext, Knobs, context_of, knob, knobs_of
 from grpo_autotune.knobs.apply import same_value, why_not
 from grpo_autotune.knobs.table import check_keys
-from grpo_autotune.knobs.values import unique
+from grpo_autotune.knobs.values import as_users, unique
 from grpo_autotune.records.probe import ProbeRecord
 
 FOREIGN = {"grpo": grpo_keys, "peft": peft_keys}
@@ -87,6 +87,7 @@ def _axis(known: KnobContext, key: str) -> tuple[Any, ...]:
     except ConfigError as error:
         raise ConfigError(error.what, where=f"search.knobs.{key}", fix=error.fix) from error
     baseline = row.current(known.config)
+    asked = [as_users(known, key, baseline, value) for value in asked]
     return unique(sorted(asked, key=lambda value: not same_value(value, baseline)))
 
 

@@ -152,6 +152,7 @@ def _run_probe(log: TrialLog) -> TrialOutcome:
         enough = {"least_steps": least, "enough_s": PROBE_SHARE * total_s}
     spec = log.spec("probe", config, {}, limit_s, steps=steps, **enough)
     stages = [Progress("start-up", 0, 0)]
+    log.prepare(spec)
     outcome = log.run(spec, log.progress(spec), stages.append)
     log.record(spec, outcome, spec.knobs)
     log.costs.learn(outcome)

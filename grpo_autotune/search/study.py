@@ -7,6 +7,7 @@ feasible value, because samplers do not see a trial that failed.
 """
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -94,6 +95,13 @@ def differing(left: Knobs, right: Knobs) -> list[str]:
     """Knobs of the first whose values have another name in the second."""
     unequal = (key for key, value in left.items() if not same_value(value, right[key]))  # names take longer
     return [key for key in unequal if name_of({key: left[key]}) != name_of({key: right[key]})]
+
+
+def distance(left: Knobs, right: Knobs) -> tuple[int, float]:
+    """Number of knobs that differ, and how far apart their numbers are, as logarithms of their ratios."""
+    keys = differing(left, right)
+    numbers = [(left[key], right[key]) for key in keys if _numbers((left[key], right[key]))]
+    return len(keys), math.fsum(abs(math.log(one / two)) for one, two in numbers if one > 0 and two > 0)
 
 
 class Study:

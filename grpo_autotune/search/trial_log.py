@@ -4,6 +4,7 @@ All of it can be built again from the files of the folder, in the order in which
 """
 
 import statistics
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from grpo_autotune.search.folder import SearchFolder, State
 
 Trial = Generator[None, None, TrialOutcome]
 
+LOOK_S = 0.02
 HANG_S = 120.0
 """Longest silence of a single process; ranks wait for each other, and a collective has a limit of its own
 (`trials.child.collectives`)."""
@@ -39,6 +41,9 @@ class TrialRunner(Protocol):
 class PinnedRunner(Protocol):
     """Runner of the trials of one of several workers: what it starts is resumed until it returns the outcome."""
 
+    @property
+    def is_loading(self) -> bool: ...
+    def prepare(self) -> None: ...
     def start(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> Trial: ...
     def close(self) -> None: ...
 
@@ -72,8 +77,9 @@ class TrialLog:
         budget: Budget,
         view: View,
         workers: Mapping[str, PinnedRunner] | None = None,  # by the names of the task's places
+        wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.task, self.budget = task, budget
+        self.task, self.budget, self._wait = task, budget, wait
         self._runner, self._view, self._workers = runner, view, dict(workers or {})
         self.said: list[str] = []  # what befell workers, a sentence each
         self.costs = Costs(warm=task.script is None)
@@ -84,7 +90,9 @@ class TrialLog:
         self.memory_bytes: int | None = None  # that a trial may take; None where it is unknown
 
     def spec(self, purpose: Purpose, config: RunConfig, knobs: Knobs, limit_s: float, **more: Any) -> TrialSpec:
+        cores = next((place.cores for place in self.task.places if place.name == more.get("place")), ())
         return TrialSpec(
+            cores=cores if config.batch.processes == 1 and self.task.script is None else (),
             number=self.task.folder.next_number(),
             purpose=purpose,
             config=plain(config),
@@ -95,6 +103,18 @@ class TrialLog:
             world_size=config.batch.processes,
             **more,
         )
+
+    def prepare(self, spec: TrialSpec) -> None:
+        """Have the processes of all workers load their libraries at the same time, before anything is measured; one of
+        them runs what runs alone."""
+        runners = self._workers.values()
+        if not runners or spec.script is not None or spec.world_size > 1:  # a process for each trial
+            return
+        self._show(self.progress(spec))
+        for runner in runners:
+            runner.prepare()
+        while sum(runner.is_loading for runner in runners) and self.budget.left_s > 0.0:
+            self._wait(LOOK_S)
 
     def progress(self, spec: TrialSpec) -> SearchProgress:
         """State of the search at the start of a trial."""
@@ -181,9 +201,10 @@ class TrialLog:
         write_whole(self.task.folder.state_file, state.model_dump_json(indent=2) + "\n")
 
     def rest(self) -> None:
-        """End the workers' processes: from here on trials run alone."""
+        """End the workers' processes but the one that runs trials alone, which do from here on."""
         for runner in self._workers.values():
-            runner.close()
+            if runner is not self._runner:
+                runner.close()
 
     def close(self) -> None:
         self._runner.close()

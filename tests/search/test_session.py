@@ -435,7 +435,7 @@ def test_a_speed_up_counts_generating_and_reusing_steps_alike() -> None:
 
 def test_what_stood_its_worst_case_before_a_kill_is_raced_after_it(tmp_path: Path) -> None:
     def act(spec: TrialSpec) -> TrialOutcome | None:
-        if spec.source == "race":
+        if spec.source == "race" and RunConfig.from_dict(spec.config) == user_config():
             raise Killed
         return None
 
@@ -718,7 +718,9 @@ def test_the_budget_and_the_costs_learn() -> None:
     evaluated.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=31.0, record=record))
     assert evaluated.trial_s(1.0, 2) == pytest.approx(22.0)  # no later trial evaluates
     costs.learn(TrialOutcome(number=1, status="ok", step_s=[1.0], elapsed_s=3.0, warm=True))
-    assert costs.beside_s == 2.0 + 0.5 * 20.0
+    assert costs.beside_s == 2.0 + 0.5 * 20.0 and costs.pair_s == 1.5 * 20.0
+    costs.pair_is_warm = True  # as a race showed
+    assert costs.pair_s == 2 * costs.beside_s
 
 
 def test_lengths_are_drawn_as_the_probe_saw_them() -> None:

@@ -14,7 +14,7 @@ from grpo_autotune.knobs import engine_knobs, knobs_of, with_knobs
 from grpo_autotune.knobs.apply import SERVER, why_not
 from grpo_autotune.search.space import points, space
 from tests.knobs.test_knobs import GROUP, MICRO, config, machine
-from tests.support.sample_records import demo_record
+from tests.support.sample_records import demo_record, trainer_facts
 
 
 def searching(knobs: dict[str, Any], accept: list[str] | None = None, **grpo: Any) -> RunConfig:
@@ -61,6 +61,15 @@ def test_the_user_restricts_and_extends() -> None:
     assert found.values[MICRO] == (4, 2, 8)
     assert found.values["grpo.beta"] == (0.0, 0.04)
     assert found.values["peft.r"] == (8, 4, 16)
+
+
+def test_the_kernel_that_transformers_chose_is_the_users_own_by_any_name() -> None:
+    kernel = "model.attn_implementation"
+    user = searching({kernel: ["eager", "sdpa"]})
+    for record in (None, demo_record()):
+        assert space(user, machine(), record).values[kernel] == (None, "eager")
+    record = demo_record(trainer=trainer_facts(attn_implementation="eager"))
+    assert space(user, machine(), record).values[kernel] == (None, "sdpa")
 
 
 def test_a_restriction_that_leaves_the_users_own_out_is_kept() -> None:

@@ -96,12 +96,25 @@ def test_workers_find_what_one_finds_and_what_decides_runs_alone(tmp_path: Path)
     assert SearchReport.model_validate_json((tmp_path / "two" / "search.json").read_text()) == report
 
 
+def test_workers_load_their_libraries_at_the_same_time_before_the_probe(tmp_path: Path) -> None:
+    loading: list[float] = []
+
+    def act(spec: TrialSpec) -> TrialOutcome | None:
+        loading.extend(paper.trials.now for worker in paper.workers if worker.is_loading or worker.loaded_at is None)
+        return None
+
+    paper = Paper(tmp_path, act=act)
+    paper.search()
+    assert not loading
+    assert [worker.loaded_at for worker in paper.workers] == [4.0 * slower for slower in SLOWER.values()]
+
+
 def test_the_views_show_every_worker(tmp_path: Path) -> None:
     paper = Paper(tmp_path)
     report = paper.search()
     out = io.StringIO()
     with SearchView(Console(file=out, width=200, force_terminal=True)) as live:
-        for state in paper.view.states[:5]:  # the probe, and each worker's first trial
+        for state in paper.view.states[:6]:  # the processes' start, the probe, and each worker's first trial
             live.show(state)
     assert "core 0: your own configuration" in (shown := out.getvalue().rpartition("Search")[2])
     assert "core 1: your own configuration" in shown and "probe" not in shown

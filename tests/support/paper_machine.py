@@ -204,6 +204,14 @@ class PaperWorker:
 
     def __init__(self, trials: PaperTrials, slower: float) -> None:
         self.trials, self.slower, self.closed = trials, slower, False
+        self.loaded_at: float | None = None
+
+    def prepare(self) -> None:
+        self.loaded_at = self.trials.now + self.slower * self.trials.startup_s
+
+    @property
+    def is_loading(self) -> bool:
+        return self.loaded_at is not None and self.trials.now < self.loaded_at
 
     def start(
         self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -120,6 +121,8 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         outcomes = runner.race(specs, rounds=2, deadline_s=280, watch=watch)
         assert [outcome.status for outcome in outcomes] == ["ok", "ok"], outcomes
         warm = runner.run(spec_of(tiny("qwen3"), tmp_path, 2, purpose="rewards", steps=2))
+        later = [spec.model_copy(update={"number": 3 + spec.number}) for spec in specs]
+        assert [outcome.warm for outcome in runner.race(later, rounds=1, deadline_s=280)] == [True, True]
     assert processes(mark) == []
     assert [len(outcome.step_s) for outcome in outcomes] == [2, 2]
     assert turns == ["0", "0", "1", "1", "2", "2", "3", "3"]
@@ -129,6 +132,34 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         assert outcome.step_s == pytest.approx([(steps[0] + steps[1]) / 2, (steps[2] + steps[3]) / 2])
     assert warm.warm and [row.prompt for row in warm.rewards] == [0, 1, 2, 3]
     assert all(len(row.rewards) == 4 and row.truncated <= 4 for row in warm.rewards)
+
+
+@pytest.mark.parametrize("purpose", ["timed", "probe"])
+def test_a_prepared_worker_has_loaded_before_its_trial(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str
+) -> None:
+    with marked(monkeypatch), Runner(tmp_path) as runner:
+        runner.prepare()
+        begun_s = time.monotonic()
+        while runner.is_loading:
+            time.sleep(0.01)
+        loaded_s = time.monotonic() - begun_s
+        outcome = runner.run(spec_of(tiny("qwen3"), tmp_path, purpose=purpose, steps=1))
+        took_s = time.monotonic() - begun_s - loaded_s
+    assert outcome.status == "ok" and outcome.startup_s is not None and loaded_s > 1.0
+    if purpose == "probe":  # which tells what a start takes
+        assert not outcome.warm and outcome.startup_s > loaded_s and outcome.elapsed_s > took_s
+    else:
+        assert outcome.warm and outcome.startup_s < loaded_s
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_ended_while_it_loads_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with marked(monkeypatch) as mark, Runner(tmp_path) as runner:
+        runner.prepare()
+        assert runner.is_loading and len(list(tmp_path.iterdir())) == 1
+    assert processes(mark) == [] and not list(tmp_path.iterdir())
 
 
 def test_speed_ups_leave_a_worker_as_warm_as_plain_trl(
@@ -159,8 +190,10 @@ def test_of_two_workers_side_by_side_one_is_killed(
                 child.kill()
 
     with marked(monkeypatch) as mark, contextlib.ExitStack() as stack:
-        runners = [stack.enter_context(Runner(tmp_path, spawn=partial(Worker, place=place))) for place in places]
-        specs = [spec_of(tiny("qwen3"), tmp_path, number, steps=1) for number in range(2)]
+        pinned: list[dict[str, Any]] = [{"spawn": partial(Worker, place=places[0])}, {}]
+        runners = [stack.enter_context(Runner(tmp_path, **more)) for more in pinned]
+        given: list[dict[str, Any]] = [{}, {"cores": places[1].cores}]  # a process of all cores keeps to some of them
+        specs = [spec_of(tiny("qwen3"), tmp_path, number, steps=1, **more) for number, more in enumerate(given)]
         trials = {n: runners[n].start(spec, partial(watch, n)) for n, spec in enumerate(specs)}
         outcomes: dict[int, TrialOutcome] = {}
         while trials:
@@ -173,6 +206,8 @@ def test_of_two_workers_side_by_side_one_is_killed(
             time.sleep(0.01)
         assert outcomes[0].status == "killed" and "SIGKILL" in (outcomes[0].why or "")
         assert outcomes[1].status == "ok" and seen == [{places[0].cores}, {places[1].cores}]
+        again = runners[1].run(spec_of(tiny("qwen3"), tmp_path, 3, steps=1), partial(watch, 1))
+        assert again.warm and seen[1] == {places[1].cores, tuple(cores)}
         stopped = runners[1].start(spec_of(tiny("qwen3"), tmp_path, 2))
         next(stopped)
         assert processes(mark)

@@ -98,15 +98,15 @@ class TrialExecutor:
             leave_gpus(config)
             self._gpus_left = True
         with startup.imports():
-            expand_segments(os.environ)
-            ensure_torchvision()
+            load_libraries()
             from accelerate.state import AcceleratorState, GradientState
             from transformers import set_seed
 
             from grpo_autotune.train.rewards.without_model import is_asking
-            from grpo_autotune.train.trainer import build_trainer  # noqa: F401 - what it imports is idle, no trial's
             from grpo_autotune.train.trial_trainer import quiet_trainer
+            from grpo_autotune.trials.child.cores import keep_to
             from grpo_autotune.trials.child.measure import measure
+        keep_to(spec.cores)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if self._engine is None:
@@ -127,6 +127,14 @@ class TrialExecutor:
                 speed_ups.remove()  # their layers on TRL's functions hold the trainer
             if (engine := engine_of(getattr(trainer, "vllm_generation", None))) is not None:
                 engine.take_off()  # this process keeps it: nothing on it may hold the trainer
+
+
+def load_libraries() -> None:
+    """Import what every trial needs: it is idle memory, no trial's."""
+    expand_segments(os.environ)
+    ensure_torchvision()
+    from grpo_autotune.train.trainer import build_trainer  # noqa: F401
+    from grpo_autotune.trials.child import cores, measure  # noqa: F401
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -3,7 +3,8 @@
     python -m grpo_autotune.trials.child.worker            trial folders on standard input, a line each
     python -m grpo_autotune.trials.child.worker FOLDER     that one trial, as a rank under `torchrun`
 
-It loads torch only with its first trial in hand, so that the wait is that trial's start-up, seen and counted.
+It loads torch only with its first trial in hand, so that the wait is that trial's start-up, seen and counted; or
+before, where a line names a file instead, which it then deletes.
 """
 
 import os
@@ -17,7 +18,7 @@ from grpo_autotune.files import write_whole
 from grpo_autotune.probe.startup import Startup
 from grpo_autotune.processes.guardian import die_with_parent
 from grpo_autotune.records.trial import LOG_FILE, OUTCOME_FILE, SPEC_FILE, TrialSpec
-from grpo_autotune.trials.child.execute import TrialExecutor
+from grpo_autotune.trials.child.execute import TrialExecutor, load_libraries
 from grpo_autotune.trials.exit_codes import CANNOT_WRITE, RETIRED
 from grpo_autotune.trials.heartbeat import STARTING, HeartbeatWriter
 
@@ -31,8 +32,12 @@ def main(arguments: Sequence[str]) -> int:
         return _run_one(executor, Path(arguments[0]), warm=False)
     warm = False
     for line in sys.stdin:
-        code = _run_one(executor, Path(line.rstrip("\n")), warm=warm)
-        if code:
+        path = Path(line.rstrip("\n"))
+        if path.is_file():
+            with Startup().imports():
+                load_libraries()
+            path.unlink(missing_ok=True)
+        elif code := _run_one(executor, path, warm=warm):
             return code
         warm = True
     return 0

@@ -1,6 +1,8 @@
 """The parent of trials: it gives each to a worker, kills what it started when it must, and classifies every ending."""
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
@@ -28,6 +30,9 @@ Trial = Generator[None, None, TrialOutcome]
 NOT_BUILT_IN = ("structured_outputs_regex", "group_port", "server_base_url", "server_host", "server_port")
 """Keys of the `vllm` section that a colocated engine is not built from."""
 
+NEW = "new"
+"""Key of a worker that has run no trial, which any can use."""
+
 PUSHES = ("merged", "batched")
 """Ways to send weights that ask nothing of the engine."""
 
@@ -50,10 +55,34 @@ class Runner(AbstractContextManager["Runner"]):
         used: Callable[[], int | None] = used_gpu_bytes,
     ) -> None:
         self._run_dir, self._warm, self._clock, self._wait, self._spawn = run_dir, warm, clock, wait, spawn
+        self._used = used
         self._worker: Worker | None = None
+        self._spare: Worker | None = None  # the other one of a race, of the same key, for the next race
         self._key: str | None = None
+        self._loading: tuple[Path, float] | None = None  # file that is there while a worker loads, and since when
+        self._loaded_s = 0.0
         self._server = ServerPool(clock)
         self._recovery = Recovery(used, clock, wait)
+
+    def prepare(self) -> None:
+        """Start a worker that loads what every trial needs, before it has one."""
+        handle, name = tempfile.mkstemp(prefix="grpo-autotune-")
+        os.close(handle)
+        self._loading, self._key = (Path(name), self._clock()), NEW
+        self._worker = self._recovery.watch(self._spawn(Path(name), Path(os.devnull), 1))
+        self._worker.order(Path(name))
+
+    @property
+    def is_loading(self) -> bool:
+        """True while a worker that was prepared loads."""
+        if self._loading is None:
+            return False
+        path, begun_s = self._loading
+        if path.exists() and self._worker is not None and self._worker.poll() is None:
+            return True
+        path.unlink(missing_ok=True)
+        self._loading, self._loaded_s = None, self._clock() - begun_s
+        return False
 
     def run(self, spec: TrialSpec, watch: Watch | None = None) -> TrialOutcome:
         """Run one trial to its end, whatever that is, and return its outcome, which is also in its folder: a failed
@@ -71,6 +100,7 @@ class Runner(AbstractContextManager["Runner"]):
         """The same for a parent that looks at several runners: it resumes this now and then, until it returns the
         outcome. Closing it ends the trial."""
         folder, kills = prepare_folder(self._run_dir, spec), kernel_kills()
+        loaded_s, self._loaded_s = self._loaded_s if spec.purpose == "probe" else 0.0, 0.0  # a start as any other's
         if (lost := self._recovery.lost()) is not None:
             return self._written(TrialOutcome(number=spec.number, **lost._asdict()), folder)
         try:
@@ -86,7 +116,7 @@ class Runner(AbstractContextManager["Runner"]):
                 end = yield from _until_end(attempt)
             if end.ending is not None:
                 self._retire()
-            outcome = self._outcome(attempt, end, kills, server_s)
+            outcome = self._outcome(attempt, end, kills, server_s + loaded_s)
             if outcome.status == "timeout" and server_s:
                 outcome = outcome.model_copy(
                     update={"why": f"{outcome.why}; its server took {duration(server_s)} to start"}
@@ -122,6 +152,8 @@ class Runner(AbstractContextManager["Runner"]):
                 key = worker_key(specs[0])
                 if outcomes[0].status == "ok" and self._warm and key is not None:
                     self._worker, self._key = race.release_worker(0), key
+                    if outcomes[1].status == "ok" and worker_key(specs[1]) == key and self._used() is None:
+                        self._spare = race.release_worker(0)  # on a GPU even an idle process holds memory
             if not race.lacked_memory(outcomes):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
@@ -134,9 +166,11 @@ class Runner(AbstractContextManager["Runner"]):
         self._server.end()
 
     def _retire(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
+        workers, self._worker, self._spare = (self._worker, self._spare), None, None
+        for worker in filter(None, workers):
             worker.end()
+        if self._loading is not None:
+            self._loading[0].unlink(missing_ok=True)
 
     def _blamed(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
         """A failed trial, with its server's reason where that ended first."""
@@ -167,17 +201,17 @@ class Runner(AbstractContextManager["Runner"]):
 
     def _give(self, spec: TrialSpec, folder: Path, watch: Watch | None) -> tuple[Attempt, bool]:
         """Give the trial to the worker there is, or to a new one; True if it is a warm one."""
-        before = self._worker
+        before = self._worker, self._spare
         self._worker = self._start(spec, folder)
         self._key = worker_key(spec)
-        return Attempt(self._worker, spec, folder, self._clock, watch or ignore), self._worker is before
+        return Attempt(self._worker, spec, folder, self._clock, watch or ignore), self._worker in before
 
     def _start(self, spec: TrialSpec, folder: Path) -> Worker:
         """A worker that has the order to run the trial: the one there is, which then is ours no more, or a new one."""
         key = worker_key(spec)
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            if key is not None and key == self._key and worker.order(folder):
+        for worker in filter(None, (self._worker, self._spare)):
+            self._worker, self._spare = None, self._spare if worker is self._worker else None
+            if key is not None and self._key in (key, NEW) and worker.order(folder):
                 return worker
             worker.end()
         self._recovery.before_start(others=self._server.alive)

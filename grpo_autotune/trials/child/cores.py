@@ -1,0 +1,22 @@
+"""The cores of this process: a trial beside others keeps to some of them, and the next may have them all again."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+_ALL = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+_THREADS = torch.get_num_threads()
+
+
+def keep_to(cores: Sequence[int]) -> None:
+    """Compute on these cores alone, with no more threads; on all that this process was given where there are none."""
+    wanted = set(cores) or _ALL
+    if not wanted or wanted == os.sched_getaffinity(0):
+        return
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread.name), wanted)
+    torch.set_num_threads(min(_THREADS, len(wanted)))
