@@ -69,7 +69,8 @@ class ProcessReader:
     """CPU use of this process since the last reading (percent of one core) and its resident bytes."""
 
     def __init__(self, resident: Callable[[], int] | None = None) -> None:
-        self._resident = resident or (lambda: psutil.Process().memory_info().rss)
+        process = psutil.Process()
+        self._resident = resident or (lambda: process.memory_info().rss)
         self._looked = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
