@@ -7,14 +7,17 @@ then the monitors' rules see its log event, too; which of the two comes first al
 timed from the end of the step before to its own end, by a callback that is there in both cases. A pair's ratio is that
 of its seconds, by the wall clock and by the process's CPU time (all threads). Neighbouring steps differ by several per
 cent for reasons of the machine, so it takes hundreds of pairs to tell 1 % from nothing. torch runs on one thread, so
-that a core is left for whatever else the machine does.
+that a core is left for whatever else the machine does. The probe writes its files, as `train` has it. What attaching
+and detaching leaves behind is collected between the steps.
 The images of the first four generating steps are hashed, once a run: the warm-up steps have the probe attached and pay
 it, and their collector is handed on.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,11 @@ import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from grpo_autotune.probe.facts import IMAGE_STEPS, ImageCollector  # noqa: E402
+from grpo_autotune.probe.live import LiveFile  # noqa: E402
 from grpo_autotune.probe.probe import Probe  # noqa: E402
 from grpo_autotune.probe.startup import Startup  # noqa: E402
+from grpo_autotune.seams.layers import OUTERMOST, Next  # noqa: E402
+from grpo_autotune.seams.table import wrap_seams  # noqa: E402
 from grpo_autotune.train.monitors.callback import run_of  # noqa: E402
 from grpo_autotune.train.monitors.watch import StallWatch, Watch  # noqa: E402
 from grpo_autotune.train.trial_trainer import quiet_trainer  # noqa: E402
@@ -41,7 +47,7 @@ WARMUP = IMAGE_STEPS
 PAIRS = 400
 OVERRIDES = [
     "grpo.eval_strategy=no",
-    "grpo.max_steps=1000",
+    "grpo.max_steps=10000",
     "grpo.max_completion_length=12",
     "grpo.generation_kwargs={min_new_tokens: 12}",
     "grpo.learning_rate=0.0",
@@ -52,8 +58,8 @@ OVERRIDES = [
 class BlockSchedule(TrainerCallback):  # type: ignore[misc]
     """Attaches and detaches between steps, and times each step from outside."""
 
-    def __init__(self, pairs: int) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: int, folder: Path) -> None:
+        self.pairs, self.folder = pairs, folder
         self.trainer: Any = None
         self.probe: Probe | None = None
         self.images: ImageCollector | None = None
@@ -78,13 +84,16 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
             self.watch.see({**row, **(logs or {})})
             self.stall.look(self.probe.locate())
 
+    def around(self, call_next: Next, /, *args: Any, **kwargs: Any) -> None:
+        """A layer around the probe's own on what ends a step."""
+        call_next(*args, **kwargs)
+        self.step_ended()
+
     def step_ended(self) -> None:
         """Close the books on the step that ends, and set the stage for the next; an epoch's end ends no step."""
         if self.trainer.state.global_step == self.last_step:
             return
         self.last_step = self.trainer.state.global_step
-        if self.probe is not None:
-            self.probe.step_ended()
         step, now = self.trainer.state.global_step, time.perf_counter()
         if step > WARMUP:
             self.rows.append(
@@ -103,11 +112,14 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
             self.probe = None
         if self.probe is None and wanted:
             self.attach().step_ended()
+        gc.collect()
+        if step == WARMUP:
+            gc.freeze()  # so that it has little to look at
         self.begun, self.cpu = time.perf_counter(), time.process_time()
 
     def attach(self) -> Probe:
         """Put a probe in; the images seen before stay seen."""
-        probe = Probe(self.trainer, warmup=0)
+        probe = Probe(self.trainer, warmup=0, out_dir=self.folder, live=LiveFile(self.folder))
         if self.images is not None:
             probe.images, probe.closed = self.images, WARMUP
         self.probe = probe
@@ -125,17 +137,12 @@ def main() -> None:
     """Run the pairs and write `docs/benchmarks/overhead.json`."""
     config = load_config(sys.argv[1] if len(sys.argv) > 1 else "demo", OVERRIDES)
     torch.set_num_threads(1)
-    turns = BlockSchedule(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS)
+    folder = Path(tempfile.mkdtemp())
+    turns = BlockSchedule(int(sys.argv[2]) if len(sys.argv) > 2 else PAIRS, folder)
     turns.trainer = quiet_trainer(config, Startup(), say)
     turns.monitor(config)
     turns.trainer.add_callback(turns)
-    original = turns.trainer._maybe_log_save_evaluate
-
-    def log_then_turn(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        turns.step_ended()
-
-    turns.trainer._maybe_log_save_evaluate = log_then_turn
+    wrap_seams(turns.trainer, OUTERMOST, log_save_evaluate=turns.around)
     turns.attach()
     turns.trainer.train()
     rows = turns.rows

@@ -7,8 +7,9 @@ that the warm-up can be left out when the facts are read.
 import math
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -73,14 +74,13 @@ class TokenCollector:
     def without_signal(self, group: int, weights: Sequence[float]) -> dict[str, bool]:
         """Of the newest generating step, as `SignalWatch.see` takes it: whether every completion was cut off, the
         rewards of no group differ, and most completions have no reward."""
-        newest = [g for g in self.generations if g.step == self.generations[-1].step]
-        scored = [rewards for step, rewards in self.rewards if step == self.rewards[-1][0]]
-        live, rates, _ = _group_facts(scored, group, np.asarray(weights, dtype=float))
-        without = [share for rewards in scored for share in np.isnan(rewards).all(axis=1)]
+        newest = list(takewhile(lambda one: one.step == self.generations[-1].step, reversed(self.generations)))
+        scored = [one[1] for one in takewhile(lambda one: one[0] == self.rewards[-1][0], reversed(self.rewards))]
+        equal = any(len(rewards) >= group for rewards in scored) and not any(_live(scored, group, weights))
         return {
             "all_cut": bool(newest) and all(g.truncated == len(g.completion) for g in newest),
-            "all_equal": bool(rates) and not live,
-            "failed": bool(rates) and not live and bool(np.mean(without) > 0.5),
+            "all_equal": equal,
+            "failed": equal and bool(np.isnan(np.concatenate(scored)).all(axis=1).mean() > 0.5),
         }
 
     def facts(self, first: int, steps: int, cycle: int, trainer: TrainerFacts) -> TokenFacts | None:
@@ -119,17 +119,24 @@ def _group_facts(scored: Iterable[Any], group: int, weights: Any) -> tuple[int, 
     """Number of groups with reward spread, pass rate of each group, mean weighted reward.
 
     A row of NaN alone has no reward and counts nowhere, as in TRL's group means."""
-    live, rates, totals = 0, [], []
+    rates, totals = [], []
     for rewards in scored:
-        judged = ~np.isnan(rewards).all(axis=1)
-        weighted = np.nansum(rewards * weights[None, :], axis=1)
-        first = rewards[np.arange(len(rewards)), (~np.isnan(rewards)).argmax(axis=1)]  # of those that judge the row
+        judges = ~np.isnan(rewards)
+        judged, whole = judges.any(axis=1), len(rewards) // group * group
+        weighted = np.where(judges, rewards * weights, 0.0).sum(axis=1)
+        first = rewards[np.arange(len(rewards)), judges.argmax(axis=1)]  # of those that judge the row, else NaN
         totals.extend(weighted[judged].tolist())
-        for start in range(0, len(weighted) - group + 1, group):
-            rows = weighted[start : start + group][judged[start : start + group]]
-            live += bool(rows.size and rows.max() - rows.min() > LIVE_SPREAD)
-            rates.append(float(np.mean(np.nan_to_num(first[start : start + group]) >= PASSED)))
-    return live, rates, float(np.mean(totals)) if totals else 0.0
+        rates += (first >= PASSED)[:whole].reshape(-1, group).mean(axis=1).tolist()
+    return sum(_live(scored, group, weights)), rates, float(np.mean(totals)) if totals else 0.0
+
+
+def _live(scored: Iterable[Any], group: int, weights: Sequence[float]) -> Iterator[bool]:
+    """True for each group whose rewards differ."""
+    for rewards in scored:
+        for start in range(0, len(rewards) - group + 1, group):
+            judged = [row for row in rewards[start : start + group].tolist() if any(n == n for n in row)]
+            totals = [sum(n * weight for n, weight in zip(row, weights, strict=False) if n == n) for row in judged]
+            yield bool(totals) and max(totals) - min(totals) > LIVE_SPREAD
 
 
 @dataclass(slots=True)

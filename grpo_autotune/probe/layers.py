@@ -5,7 +5,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 from grpo_autotune.console import warn
@@ -77,11 +76,14 @@ def install(probe: Observer) -> list[Handle]:
 
 
 def _timed_layer(probe: Observer, row: Seam) -> Layer:
-    recorder = probe.recorder
+    stage, part, enter, leave = row.stage, row.part, probe.recorder.enter, probe.recorder.leave
 
     def timed(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-        with recorder.span(row.stage, row.part):
+        span = enter(stage, part)
+        try:
             return call_next(*args, **kwargs)
+        finally:
+            leave(span)
 
     return timed
 
@@ -91,7 +93,9 @@ def _prompt_layer(probe: Observer, row: Seam) -> Layer:
     recorder, timed = probe.recorder, _timed_layer(probe, row)
 
     def prompt(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-        return (call_next if recorder.inside("reward") else partial(timed, call_next))(*args, **kwargs)
+        if recorder.inside("reward"):
+            return call_next(*args, **kwargs)
+        return timed(call_next, *args, **kwargs)
 
     return prompt
 
@@ -253,12 +257,12 @@ def _counters(probe: Observer) -> list[Handle]:
         alive = weakref.ref(probe)
 
         def preprocess(call_next: Next, /, images: Any, *args: Any, **kwargs: Any) -> Any:
-            if (seen := alive()) is not None and seen.counting() and not seen.images.full:
+            if (seen := alive()) is not None and not seen.images.full and seen.counting():
                 seen.images.processed[seen.closed] += _count(images)
             return call_next(images, *args, **kwargs)
 
         def decode(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-            if (seen := alive()) is not None and seen.counting() and not seen.images.full:
+            if (seen := alive()) is not None and not seen.images.full and seen.counting():
                 seen.images.decoded[seen.closed] += 1
             return call_next(*args, **kwargs)
 

@@ -107,7 +107,7 @@ class Probe:
         alive = weakref.ref(self)
         self._sampler = Sampler(
             lambda: None if (probe := alive()) is None else probe._stage_now(),
-            readers_for(trainer.args.device),
+            readers_for(trainer.args.device, self._gauge),
             ranks=int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes)),
             keep=lambda values: None if (probe := alive()) is None else probe._see_machine(values),
         )

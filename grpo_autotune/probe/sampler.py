@@ -66,19 +66,22 @@ class NvmlDevice:
 
 
 class ProcessReader:
-    """CPU use of this process and its children (percent of one core) and its resident bytes."""
+    """CPU use of this process since the last reading (percent of one core) and its resident bytes."""
 
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._process.cpu_percent()
+    def __init__(self, resident: Callable[[], int] | None = None) -> None:
+        process = psutil.Process()
+        self._resident = resident or (lambda: process.memory_info().rss)
+        self._looked = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        return {"cpu_percent": self._process.cpu_percent(), "rss_bytes": float(self._process.memory_info().rss)}
+        (then_s, before_s), self._looked = self._looked, (time.perf_counter(), time.process_time())
+        percent = 100.0 * (self._looked[1] - before_s) / (self._looked[0] - then_s)
+        return {"cpu_percent": round(percent, 1), "rss_bytes": float(self._resident())}
 
 
-def readers_for(device: Any) -> list[Any]:
-    """Readers of this process, and of its GPU where it has one that a driver knows."""
-    readers: list[Any] = [ProcessReader()]
+def readers_for(device: Any, gauge: Any = None) -> list[Any]:
+    """Readers of this process, by the `gauge` of a probe on the CPU, and of its GPU where a driver knows one."""
+    readers: list[Any] = [ProcessReader(gauge if device.type == "cpu" else None)]
     if device.type == "cuda":
         import pynvml
 

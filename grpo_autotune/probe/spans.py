@@ -6,9 +6,14 @@ without sleeping. One tree (`StepSpans`) covers one optimizer step.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+BRIEF, GAP_S = "prompt", 5e-5
+"""The stage of the host's work that comes in many short calls, and the gap up to which a call goes on with the span of
+the one before it: each row's chat template is one."""
 
 
 class DeviceTimer(Protocol):
@@ -32,6 +37,7 @@ class Span:
     start_s: float
     host_s: float = 0.0
     thread: int = 0
+    calls: int = 1
     peak_bytes: int = 0
     has_range: bool = False
     begin_mark: Any = None
@@ -96,13 +102,17 @@ class SpanRecorder:
         stack = self._stack[:1]
         return self.clock() - stack[0].start_s if stack else 0.0
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, int, int]:
         """A value that every edge of a span within this step changes; safe to call from any thread."""
-        return len(self._spans), len(self._stack)
+        newest = self._spans[-1:]
+        return len(self._spans), len(self._stack), newest[0].calls if newest else 0
 
     def inside(self, stage: str, part: str | None = None) -> bool:
         """Return whether a span of `stage` (and `part`) is open on the main thread."""
-        return any(span.stage == stage and (part is None or span.part == part) for span in self._stack)
+        for span in self._stack:  # noqa: SIM110 - a generator takes twice as long, and each row's prompt asks
+            if span.stage == stage and (part is None or span.part == part):
+                return True
+        return False
 
     def open_root(self) -> None:
         """Begin an optimizer step on this thread; what was open and never closed is dropped."""
@@ -121,14 +131,28 @@ class SpanRecorder:
             self._pop()
         self._spans, self._others, self._samples = [], [], []
 
+    def enter(self, stage: str, part: str = "") -> Span | None:
+        """Open a span for `leave`; None on another thread, and while no step is under way."""
+        return self.begin(stage, part) if self._stack and threading.get_ident() == self._thread else None
+
+    def leave(self, span: Span | None) -> None:
+        """Close what `enter` opened, unless the step was left meanwhile."""
+        if span is not None and self._stack:
+            self.end(span)
+
     def begin(self, stage: str, part: str = "") -> Span:
-        """Open a span under the innermost open one."""
-        self._gauge(self._stack[-1] if self._stack else None, stage)
-        parent = self._stack[-1].index if self._stack else -1
-        span = Span(stage, part, parent, len(self._spans), self.clock())
-        if self.timer is not None:
-            span.begin_mark = self.timer.mark()
-        self._spans.append(span)
+        """Open a span under the innermost open one, or go on with the last."""
+        spans, inner = self._spans, self._stack[-1] if self._stack else None
+        self._gauge(inner, stage)
+        now, parent = self.clock(), -1 if inner is None else inner.index
+        if stage == BRIEF and spans and _goes_on(spans[-1], stage, part, parent, now):
+            span = spans[-1]
+            span.calls += 1
+        else:
+            span = Span(stage, part, parent, len(spans), now)
+            spans.append(span)
+            if self.timer is not None:
+                span.begin_mark = self.timer.mark()
         self._stack.append(span)
         if self.ranges is not None and self.on_main_thread():  # each thread has its own stack of ranges
             self.ranges.range_push(": ".join(word for word in (stage, part) if word))
@@ -153,9 +177,14 @@ class SpanRecorder:
         if self.edge is not None:
             self.edge()
 
-    def span(self, stage: str, part: str = "") -> "_Timed":
-        """A context manager around `begin` and `end`; does nothing while no step is under way."""
-        return _Timed(self, stage, part)
+    @contextmanager
+    def span(self, stage: str, part: str = "") -> Iterator[None]:
+        """A context around `enter` and `leave`."""
+        span = self.enter(stage, part)
+        try:
+            yield
+        finally:
+            self.leave(span)
 
     def begin_elsewhere(self, stage: str, part: str) -> Span:
         """Open a span of another thread, or of a coroutine on the main one; it nests in nothing."""
@@ -183,26 +212,14 @@ class SpanRecorder:
         return span
 
     def _gauge(self, inner: Span | None, stage: str | None) -> None:
-        """Book the memory to the span under way, `inner`, before `stage` goes on; a device keeps its peak between two
-        readings, so that none is needed where the stage stays."""
-        if self.memory is None or (self.timer is not None and inner is not None and inner.stage == stage):
+        """Book the memory to the span under way, `inner`, before another `stage` goes on."""
+        if self.memory is None or (inner is not None and inner.stage == stage):
             return
         used = self.memory()
         if inner is not None and used > inner.peak_bytes:
             inner.peak_bytes = used
 
 
-class _Timed:
-    __slots__ = ("_part", "_recorder", "_span", "_stage")
-
-    def __init__(self, recorder: SpanRecorder, stage: str, part: str) -> None:
-        self._recorder, self._stage, self._part = recorder, stage, part
-        self._span: Span | None = None
-
-    def __enter__(self) -> None:
-        if self._recorder.is_open and self._recorder.on_main_thread():
-            self._span = self._recorder.begin(self._stage, self._part)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._span is not None and self._recorder.is_open:
-            self._recorder.end(self._span)
+def _goes_on(last: Span, stage: str, part: str, parent: int, now: float) -> bool:
+    same = last.part == part and last.stage == stage and last.parent == parent
+    return same and now - last.start_s - last.host_s < GAP_S

@@ -46,7 +46,7 @@ def stages_of(step: StepSpans, timer: DeviceTimer | None = None) -> StepStages:
         if part:
             stages.parts[stage, part] += self_s
         stages.peak_bytes[stage] = max(stages.peak_bytes.get(stage, 0), span.peak_bytes)
-        calls[stage] += stage != "other"
+        calls[stage] += span.calls if stage != "other" else 0
     stages.calls = calls
     stages.hidden_s = _hidden(step)
     return stages

@@ -80,6 +80,22 @@ def test_a_row_without_any_reward_gives_its_group_no_spread():
     assert facts.reward_mean == pytest.approx(2 / 3)
 
 
+def test_a_step_is_judged_by_the_newest_generation() -> None:
+    collector, nan = TokenCollector(), float("nan")
+    assert collector.without_signal(2, [1.0, 1.0]) == {"all_cut": False, "all_equal": False, "failed": False}
+    wanted = {  # of all columns of both groups, (all_equal, failed)
+        (False, False): [[1.0, 0.0], [0.0, nan], [1.0, 0.0], [0.0, 1.0]],
+        (True, False): [[1.0, 0.0], [0.0, 1.0], [nan, nan], [nan, 1.0]],
+        (True, True): [[nan, nan], [nan, nan], [nan, nan], [nan, 1.0]],
+    }
+    for step, ((equal, failed), rows) in enumerate(wanted.items()):
+        see(collector, step, [[1]] * 4, [[5, END if step else 5]] * 4)
+        collector.see_rewards(step, torch.tensor(rows))
+        found = collector.without_signal(2, [1.0, 1.0])
+        assert found == {"all_cut": step == 0, "all_equal": equal, "failed": failed}
+    assert not collector.without_signal(8, [1.0, 1.0])["all_equal"], "there is no whole group"
+
+
 def picture(value: int) -> Image.Image:
     return Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8))
 

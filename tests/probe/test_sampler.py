@@ -12,7 +12,7 @@ from grpo_autotune.advice.bound import warnings
 from grpo_autotune.advice.facts import Facts
 from grpo_autotune.probe import sampler
 from grpo_autotune.probe.breakdown import break_down
-from grpo_autotune.probe.sampler import Sampler, others_s
+from grpo_autotune.probe.sampler import ProcessReader, Sampler, others_s
 from grpo_autotune.records.probe import OtherLoad
 from grpo_autotune.render.sentences import facts_lines
 from grpo_autotune.report.build import build_report
@@ -35,6 +35,16 @@ def test_the_seconds_of_others_are_those_of_the_open_cores_less_our_own(monkeypa
     monkeypatch.setattr(psutil, "Process", process)
     assert others_s(1)[1] == pytest.approx(50 + 10 + 2 + 7 - 2 * 13.5)
     assert others_s(2)[1] == pytest.approx(50 + 10 + 2 + 7 - 4 * 13.5), "a sibling rank works as much"
+
+
+def test_a_process_is_read_in_percent_of_one_core_since_the_last_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    walls, works = iter([10.0, 12.0, 12.5]), iter([1.0, 4.0, 4.0])
+    clocks = SimpleNamespace(perf_counter=lambda: next(walls), process_time=lambda: next(works))
+    monkeypatch.setattr(sampler, "time", clocks)
+    reader = ProcessReader(lambda: 7)
+    assert [reader.read()["cpu_percent"] for _ in range(2)] == [150.0, 0.0]
+    monkeypatch.undo()
+    assert ProcessReader().read()["rss_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
 
 
 @pytest.mark.parametrize(

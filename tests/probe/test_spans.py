@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_autotune.probe.spans import SpanRecorder
+from grpo_autotune.probe.spans import GAP_S, SpanRecorder
 from grpo_autotune.probe.stages import stages_of, summarise
 from grpo_autotune.records.probe import STAGES
 
@@ -195,6 +196,30 @@ def test_stages_always_sum_to_the_step(tree: list):
     timings = summarise([step], warmup=1, cycle=1, on_device=False, seams={})
     assert [row.name for row in timings.stages] == list(STAGES)
     assert sum(row.per_step_s[0] for row in timings.stages) == pytest.approx(timings.step_s[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_short_calls_of_a_prompt_are_one_span_and_every_edge_of_them_is_seen(timed: bool) -> None:
+    clock = Clock()
+    recorder = SpanRecorder(clock, FakeTimer(clock, 0.0) if timed else None)
+    marks: list[object] = []
+    recorder.edge = lambda: marks.append(recorder.mark())
+    recorder.open_root()
+    for part, gap_s in (("template", 0.0), ("template", GAP_S / 2), ("template", 2 * GAP_S), ("processor", 0.0)):
+        clock.wait(gap_s)
+        with recorder.span("prompt", part):
+            clock.wait(1)
+    for _ in range(2):
+        with recorder.span("reward", "judge"):
+            clock.wait(1)
+    spans = recorder.close_root(1)
+    assert [(span.part, span.calls) for span in spans.spans[1:]] == [
+        ("template", 2), ("template", 1), ("processor", 1), ("judge", 1), ("judge", 1),
+    ]  # fmt: skip
+    step = stages_of(spans, recorder.timer)
+    assert step.calls["prompt"] == 4 and step.parts["prompt", "template"] == pytest.approx(3 + GAP_S / 2)
+    assert sum(step.self_s.values()) == pytest.approx(clock.now)
+    assert all(before != after for before, after in itertools.pairwise(marks))
 
 
 def test_the_gauge_is_booked_to_the_stage_that_was_under_way():
