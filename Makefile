@@ -91,7 +91,7 @@ bench-vllm: .venv-vllm/.installed ## measure what the vLLM page claims, on vLLM'
 
 exact: .venv/.installed .venv-scale/.installed ## hold every speed-up against plain TRL, the whole matrix; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.exact --skip sharded
-	PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m benchmarks.exact --skip batches windows runs branches ranks bf16 --merge
+	PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m benchmarks.exact --skip batches windows runs branches ranks decoding lora_input bf16 --merge
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m "not long"

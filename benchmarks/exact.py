@@ -1,7 +1,8 @@
 """The speed-ups against plain TRL at one seed: every loss, gradient and log-prob, whole runs, and two processes.
 
     python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix=split]
-                               [--steps 50] [--skip batches windows runs branches ranks sharded bf16] [--merge]
+                               [--steps 50] [--skip batches windows runs branches ranks decoding lora_input sharded
+                               bf16] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
@@ -9,9 +10,11 @@ largest value. *Windows*: the same for an accumulation whose micro batches split
 *Runs*: 50 such optimizer steps by plain gradient descent; rewards must be equal, and final weights within the
 tolerance. *Branches*: runs again, with two branches of unequal weights, with ranks for advantages, and without
 speed-ups plain TRL against branches of equal weights. *Ranks*: three steps under DistributedDataParallel on two
-processes. *Sharded*: five steps on two processes that share weights or gradients by ZeRO or FSDP2, and plain TRL on two
-such processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than
-the tolerance. Models are those of the tests (two layers, float32).
+processes. *Decoding*: completions of the loop of `shared_prefill`, greedy and drawn, adapters left apart and merged,
+must be those of `generate`. *lora_input*: one batch under autocast to bfloat16, with and without PEFT's casts.
+*Sharded*: five steps on two processes that share weights or gradients by ZeRO or FSDP2, and plain TRL on two such
+processes (with `.venv-scale/bin/python`, which has DeepSpeed). Exits with 1 where anything is further off than the
+tolerance. Models are those of the tests (two layers, float32).
 
 *bf16*: batches that plain TRL generated in float32 are scored and trained on under autocast to bfloat16, where two
 orders of the same sums differ by rounding. The yardstick is what rounding does by itself: how far plain TRL under
@@ -44,6 +47,7 @@ from grpo_autotune.processes.fresh import free_port
 mend_torchvision()
 
 import torch  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 
 from grpo_autotune.config.sections.branches import Branches  # noqa: E402
 from grpo_autotune.probe.trainer_facts import versions  # noqa: E402
@@ -55,8 +59,12 @@ from tests.support.exactness import (  # noqa: E402
     apart,
     asked,
     differences,
+    drawn,
+    generation,
     gradients_apart,
     micro_batches,
+    numbers,
+    numbers_apart,
     ready,
     under_autocast,
 )
@@ -205,6 +213,46 @@ def ranks(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any
                 }  # fmt: skip
 
 
+def decoding(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a combination: the share of completions that are those of `generate`."""
+    ways = [("left apart", True), ("merged", True), ("without adapters", False)]
+    for kind, (adapters, lora), greedy in itertools.product(options.architectures, ways, [True, False]):
+        path, data = models.of(kind)
+        names = ["shared_prefill", *(["merge_for_generation"] if adapters == "merged" else [])]
+        completions = []
+        for wanted in ("none", names):
+            long: dict[str, Any] = {"max_completion_length": 64, "generation_kwargs": {"do_sample": not greedy}}
+            trainer = ready(path, data, models.folder / "out", lora=lora, **GROUPS, **long)
+            speedups = speed_up(trainer, wanted)
+            completions.append(drawn(generation(trainer)))
+            facts = speedups.facts()
+            speedups.remove()
+        assert facts["shared_prefill"]["rows"] and all(facts.get("merge_for_generation", {"none": 1}).values())
+        plain, ours = completions
+        yield {
+            "part": "decoding", "architecture": kind, "adapters": adapters, "greedy": greedy,
+            "speedups": "+".join(names), "tokens": sum(map(len, plain)),
+            "equal_completions": sum(map(list.__eq__, plain, ours)) / len(plain),
+        }  # fmt: skip
+
+
+def lora_input(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a combination: how far one batch's numbers are apart without PEFT's casts, all under autocast."""
+    for kind, checkpointing in itertools.product(options.architectures, [True, False]):
+        path, data = models.of(kind)
+        grpo: dict[str, Any] = {"num_iterations": 2, "beta": 0.05, "gradient_checkpointing": checkpointing, **GROUPS}
+        half: dict[str, Any] = {"bf16": True, "model_init_kwargs": {"dtype": torch.bfloat16}}
+        every = LoraConfig(r=2, target_modules="all-linear")
+        plain, fast = (ready(path, data, models.folder / "out", lora=every, **grpo, **half) for _ in range(2))
+        batch, speedups = generation(plain), speed_up(fast, ["lora_input"])
+        found = numbers_apart(numbers(fast, batch), numbers(plain, batch))
+        assert speedups.facts()["lora_input"]["casts_left_out"]
+        yield {
+            "part": "lora_input", "architecture": kind, "lora": True, "checkpointing": checkpointing,
+            "speedups": "lora_input", **found,
+        }  # fmt: skip
+
+
 def sharded(models: Models, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each way to share and each case of `tests.support.sharded_ranks`, of the first process; FSDP2 refuses
     mixed rows."""
@@ -280,8 +328,9 @@ def judged(ratios: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, flo
     for name, value in ratios.items():
         part, _, what = name.partition(": ")
         if part != "bf16":
-            worst = value["low"] if what == "equal_rewards" else value["high"]
-            yield name, worst, worst == 1.0 if what == "equal_rewards" else worst <= TOLERANCE
+            equal = what.startswith("equal")
+            worst = value["low"] if equal else value["high"]
+            yield name, worst, worst == 1.0 if equal else worst <= TOLERANCE
         elif what in ROUNDED:
             yield name, value["median"], value["median"] <= ratios[f"{name}_of_autocast"]["median"]
 
@@ -305,8 +354,8 @@ def written(skipped: list[str], shardings: list[str]) -> tuple[str, list[dict[st
 def main() -> int:
     """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than its bar."""
     parts = {
-        "batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks, "sharded": sharded,
-        "bf16": bf16,
+        "batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks,
+        "decoding": decoding, "lora_input": lora_input, "sharded": sharded, "bf16": bf16,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))

@@ -36,6 +36,7 @@ from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
 from grpo_autotune.speedups.shared_prefix.choice import AUTO, FLEX, Choice, candidates
+from grpo_autotune.speedups.shared_prefix.gated_mlp import wrap_gated
 from grpo_autotune.speedups.shared_prefix.layout import Batch, Layout, batch_of, chunks, known_of, layout_of
 from grpo_autotune.speedups.shared_prefix.media import INPUTS, Media
 
@@ -96,6 +97,7 @@ class _SharedPrefix(Installed):
         try:
             self.handles += wrap_seams(trainer, INNER, logps=self._scores_layer(groups), score=self._score)
             self.handles += [_wrap_backbone(model) for model in models_of(trainer)]
+            self.handles += wrap_gated(trainer.model, lambda: self.fell_back is None)
             kinds = {base_of(model).config.get_text_config()._attn_implementation for model in models_of(trainer)}
             self.handles += [AttentionLayer(kind) for kind in sorted(kinds)]
             if depends_on_partition(trainer) is None:

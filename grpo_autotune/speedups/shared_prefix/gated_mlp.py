@@ -1,0 +1,90 @@
+"""Gated MLPs that keep half of their matrices for the backward pass.
+
+Of `down(act(gate(x)) * up(x))` a training pass keeps the gate, its activation, the up projection and the product. Here
+the activation and the product are computed again when the backward pass asks for them, by the same two kernels on the
+same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, they are left to them.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
+from grpo_autotune.speedups.conditions import replaced
+
+FORMULA = re.compile(r"self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\1\)\)\n")
+ACTIVATIONS = {"SiLU", "SiLUActivation", "GELUActivation", "GELUTanh", "ReLU"}
+"""Those of one kernel, which autocast leaves alone."""
+
+
+def wrap_gated(model: nn.Module, is_on: Callable[[], bool]) -> Iterator[Handle]:
+    """Put a layer on each MLP of the formula, which acts while `is_on`."""
+    for module in model.modules():
+        if hasattr(module, "down_proj") and hasattr(module, "act_fn") and _is_gated(module):
+            yield wrap(AttributeSlot(module, "forward"), _layer(module, is_on), INNER)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    untouched = "forward" not in vars(module) and replaced(module, "forward") is None
+    if not untouched or type(module.act_fn).__name__ not in ACTIVATIONS:
+        return False
+    try:
+        source = inspect.getsource(type(module).forward)
+    except OSError:  # compiled, without its source
+        return False
+    return len(source.splitlines()) <= 3 and FORMULA.search(source) is not None
+
+
+def _layer(mlp: Any, is_on: Callable[[], bool]) -> Callable[..., torch.Tensor]:
+    def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if kwargs or len(args) != 1 or hooked or not (torch.is_grad_enabled() and is_on()):
+            return call_next(*args, **kwargs)
+        gate, up = mlp.gate_proj(*args), mlp.up_proj(*args)
+        kept = _Kept(mlp.act_fn, gate.detach(), up.detach())
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, _unpack):
+            activated = kept.recognize(mlp.act_fn(gate))
+            return mlp.down_proj(kept.recognize(activated * up))
+
+    return forward
+
+
+class _Again(NamedTuple):
+    """A view of the activation, or of the product, that is to be computed again."""
+
+    kept: "_Kept"
+    product: bool
+    view: tuple[torch.Size, tuple[int, ...], int]
+
+
+class _Kept:
+    """The two matrices that are kept of an MLP, and how to recognize the two that are not, while it runs."""
+
+    def __init__(self, act: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> None:
+        self._act, self._gate, self._up = act, gate, up
+        self._places: list[int] = []
+
+    def recognize(self, made: torch.Tensor) -> torch.Tensor:
+        """The activation first, then the product."""
+        self._places.append(made.untyped_storage().data_ptr())
+        return made
+
+    def pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Again":
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._places:
+            return tensor
+        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return _Again(self, self._places.index(place) == 1, view)
+
+    def made(self, product: bool) -> torch.Tensor:
+        with torch.no_grad():
+            activated = self._act(self._gate)
+            return activated * self._up if product else activated
+
+
+def _unpack(packed: "torch.Tensor | _Again") -> torch.Tensor:
+    return packed if isinstance(packed, torch.Tensor) else packed.kept.made(packed.product).as_strided(*packed.view)
