@@ -202,8 +202,9 @@ class TrialLog:
 
     def rest(self) -> None:
         """End the workers' processes but the one that runs trials alone, which do from here on."""
+        alone: object = self._runner
         for runner in self._workers.values():
-            if runner is not self._runner:
+            if runner is not alone:
                 runner.close()
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -39,7 +39,8 @@ class SelfCheck:
 
     def __init__(self, installed: Installed, ranks: InStep | None = None) -> None:
         self._installed = installed
-        self._any_rank, self._passing = (ranks.any, ranks.passing) if ranks else (bool, nullcontext)
+        self._any_rank: Callable[[bool], bool] = ranks.any if ranks else bool
+        self._passing: Callable[[], AbstractContextManager[None]] = ranks.passing if ranks else nullcontext
         self.passed: bool | None = None  # None until it was tried
         self.difference = 0.0  # the relative one
 

@@ -93,7 +93,7 @@ def rows_of(kind: str, *, mixed: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-class _Check(TrainerCallback):
+class _Check(TrainerCallback):  # type: ignore[misc]
     """What the package's own trainer does once the model is sharded."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

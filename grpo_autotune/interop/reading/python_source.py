@@ -365,8 +365,10 @@ def _size(value: Any) -> int:
 
 def _remainder(left: Any, right: Any) -> Any:
     """`left % right`; ValueError or the like for a text that would be too long, and for bytes."""
-    if isinstance(left, str | bytes):
-        widths = sum(map(int, re.findall(r"\d+", left)))
+    if isinstance(left, bytes):
+        raise ValueError
+    if isinstance(left, str):
+        widths = sum(int(width) for width in re.findall(r"\d+", left))
         if "*" in left or widths + left.count("%") * _size(right) > LONGEST_TEXT:
             raise ValueError
     return left % right

@@ -77,7 +77,7 @@ class _Kept:
         place = tensor.untyped_storage().data_ptr()
         if place not in self._places:
             return tensor
-        view = tensor.shape, tensor.stride(), tensor.storage_offset()
+        view = tensor.shape, tensor.stride(), int(tensor.storage_offset())
         return _Again(self, self._places.index(place) == 1, view)
 
     def made(self, product: bool) -> torch.Tensor:
