@@ -34,7 +34,8 @@ class Wrong:
 class Failing(Wrong):
     """A speed-up whose backward pass ends with an error, near its end."""
 
-    name, on, early = FAILING, ("0", "1"), False
+    name, early = FAILING, False
+    on: tuple[str, ...] = ("0", "1")
 
     def install(self, trainer: Any) -> Installed:
         installed = Installed(self.name)
