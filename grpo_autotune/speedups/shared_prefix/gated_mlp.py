@@ -58,7 +58,7 @@ class _Again(NamedTuple):
 
     kept: "_Kept"
     product: bool
-    view: tuple[torch.Size, tuple[int, ...], int]
+    view: tuple[Any, ...]  # size, stride and offset
 
 
 class _Kept:
