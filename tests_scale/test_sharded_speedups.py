@@ -19,7 +19,8 @@ EXACT = 1e-5
 
 WORDS = (
     "zero1=text", "zero2=mixed", "zero2=mixed, tower trained", "zero3=text", "zero3=mixed",
-    "fsdp2=text", "fsdp2=images", "fsdp2=wrong", "fsdp2=failing", "zero2=alone",
+    "fsdp2=text", "fsdp2=text, bf16", "fsdp2=images, bf16", "fsdp2=images", "fsdp2=wrong", "fsdp2=failing",
+    "zero2=alone",
 )  # fmt: skip
 
 
@@ -38,7 +39,8 @@ def found(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.timeout(600)
 def test_weights_and_rewards_are_those_of_plain_trl(found: list[dict[str, Any]], word: str) -> None:
     for told in (ranks[word] for ranks in found):
-        assert told["sharded"] and told["same_rewards"] and told["apart"] < EXACT, told
+        assert told["sharded"] and told["same_rewards"], told
+        assert told["moved"] <= 1.25 * told["rounded"] if "bf16" in word else told["apart"] < EXACT, told
         off = [name for name, (_, reason) in told["table"].items() if "self-check" in reason]
         assert off == {"fsdp2=wrong": [WRONG], "fsdp2=failing": [FAILING], "zero2=alone": [ALONE]}.get(word, []), told
 

@@ -44,6 +44,13 @@ def check_output_layer(model: Any) -> None:
         raise ConfigError(what, where="grpo.fsdp_config", fix=fix)
 
 
+def see_trained(model: Any) -> None:
+    """Have FSDP2 see which weights of a `model` are trained: it looks once, as its first pass begins, and gradients of
+    those that it took for frozen keep the type of a pass. PEFT freezes an adapter while the base is the reference."""
+    if hasattr(model, "_get_fsdp_state"):
+        model._get_fsdp_state()._lazy_init()
+
+
 def fit(plugin: Any, model: Any) -> None:
     """Name the layers to shard by, where nobody has: those which the model's parts name and it has, of the decoder and
     of the vision tower. ConfigError for a name without a layer, at which accelerate would stop."""

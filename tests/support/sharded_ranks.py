@@ -1,13 +1,18 @@
 """`torchrun -m tests.support.sharded_ranks MODELS OUT STEPS SHARDING=CASE...`: plain and sped up trainings, in turns,
 on processes that share weights or gradients by one of `SHARDINGS`; each process writes what it found for each word to
 `OUT/rankN.json`. A collective that not all ranks take part in ends the processes after `PATIENCE`. FSDP2 runs on CPU
-processes (`fsdp_cpu`)."""
+processes (`fsdp_cpu`).
+
+Under autocast to bfloat16 (`bf16`) completions are drawn by themselves, and plain TRL in float32 is a third training:
+how far it is from plain TRL under autocast is what rounding does."""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +26,9 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from grpo_autotune.seams import fully_sharded, ranks
+from grpo_autotune.seams.layers import OUTERMOST
 from grpo_autotune.seams.mixed_image_rows import mend
+from grpo_autotune.seams.table import find, wrap_rows
 from grpo_autotune.seams.trainer_access import SPEED_UPS
 from grpo_autotune.speedups.install import speed_up
 from tests.support.exactness import apart, asked
@@ -49,6 +56,7 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 }
 
 HALF_GROUPS = {"per_device_train_batch_size": 2, "num_generations": 4, "gradient_accumulation_steps": 4}
+BF16 = {"bf16": True, "beta": 0.05}
 CASES: dict[str, dict[str, Any]] = {
     "text": {"kind": "llama", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.05, "gradient_checkpointing": True}},
     "text alive": {"kind": "qwen3", "lora": True, "grpo": {"per_device_train_batch_size": 4, "num_generations": 4}},
@@ -58,6 +66,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed, tower trained": {"kind": "qwen3_vl", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "mixed": True},
     "mixed, reference": {"kind": "qwen2_5_vl", "lora": True, "grpo": {**HALF_GROUPS, "beta": 0.05}, "mixed": True},
     "failing": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [FAILING]},
+    "text, bf16": {"kind": "llama", "lora": False, "grpo": {**HALF_GROUPS, **BF16, "gradient_checkpointing": True}},
+    "images, bf16": {"kind": "qwen3_vl", "lora": True, "grpo": {**HALF_GROUPS, **BF16}, "dead": True},
     "alone": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [ALONE]},
     "early": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [EARLY]},
     "wrong": {"kind": "qwen3", "lora": False, "grpo": {**HALF_GROUPS, "beta": 0.0}, "names": [WRONG, "shared_prefix"]},
@@ -88,6 +98,7 @@ class _Check(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         fully_sharded.check_output_layer(model)
+        fully_sharded.see_trained(model)
 
 
 def _whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -106,6 +117,17 @@ def _end_of_text(model: Path) -> int:
     return int(AutoTokenizer.from_pretrained(model).eos_token_id)
 
 
+def _draw_completions(trainer: Any) -> None:
+    """Have completions that follow from the rank alone."""
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    draw, known = random.Random(RANK), tokenizer("How many are there? 0 1 2 3 4 5 6 7")["input_ids"]
+
+    def turn(call_next: Any, /, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        return [draw.choices(known, k=draw.randint(2, 12)) for _ in prompt_ids], None
+
+    wrap_rows(trainer, [(find("turn"), turn)], OUTERMOST)
+
+
 def train(model: Path, case: dict[str, Any], out: Path, sharding: str, names: str | Sequence[Any], steps: int) -> Any:
     """A trainer after its training, what was on it, and its weights in one piece."""
     bias = {"sequence_bias": [[[_end_of_text(model)], 3.0]]}  # completions end early, each at another place
@@ -122,7 +144,9 @@ def train(model: Path, case: dict[str, Any], out: Path, sharding: str, names: st
         fully_sharded.fit(trainer.accelerator.state.fsdp_plugin, trainer.model)
         trainer.add_callback(_Check())
     mend(trainer)
-    speedups = speed_up(trainer, asked(names), check="auto" if names == "none" else "always")
+    if "bf16" in case["grpo"]:
+        _draw_completions(trainer)
+    speedups = speed_up(trainer, asked(names), check="auto" if names == "none" or "bf16" in case["grpo"] else "always")
     trainer.train()
     return trainer, speedups, _whole_weights(trainer)
 
@@ -142,10 +166,12 @@ def fresh() -> None:
 def compared(models: Path, out: Path, sharding: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
     """How far a case's weights are apart, relative; whether rewards are equal; what was on, and why not the rest."""
     ended = []
-    for wanted in ("none", case.get("names", "auto")):
+    exact = {**case, "grpo": {**case["grpo"], "bf16": False}}
+    first = [("none", exact)] if "bf16" in case["grpo"] else []
+    for wanted, given in (*first, ("none", case), (case.get("names", "auto"), case)):
         fresh()
         begin = time.perf_counter()
-        trainer, speedups, weights = train(models / case["kind"], case, out, sharding, wanted, steps)
+        trainer, speedups, weights = train(models / case["kind"], given, out, sharding, wanted, steps)
         ended.append((rewards_of(trainer), weights))
         told = {
             "table": {row.name: [row.on, row.reason] for row in speedups.table()},
@@ -156,13 +182,19 @@ def compared(models: Path, out: Path, sharding: str, case: dict[str, Any], steps
         speedups.remove()
         assert not hasattr(trainer, SPEED_UPS)
         del trainer
-    (rewards, weights), (fast_rewards, fast) = ended
+    *_, (rewards, weights), (fast_rewards, fast) = ended
     return {
         "same_rewards": rewards == fast_rewards,
         "rewards": rewards,
         "apart": max(apart(fast[name], weights[name]) for name in weights),
+        "moved": _distance(fast, weights),
+        "rounded": _distance(ended[0][1], weights),
         **told,
     }
+
+
+def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float((one[name] - other[name]).square().sum()) for name in one))
 
 
 def main(models: str, out: str, steps: str, *words: str) -> None:

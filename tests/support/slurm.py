@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,18 +89,19 @@ class Slurm:
             assert time.monotonic() < until, f"{self.ask('squeue')}\n{self.ask('sinfo')}"
             time.sleep(0.2)
 
-    def ended(self, number: str) -> dict[str, str]:
+    def ended(self, number: str, limit_s: float = 240.0) -> dict[str, str]:
         """A job's fields once it has ended for good."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.until(lambda: self.job(number)["JobState"] in over)
+        self.until(lambda: self.job(number)["JobState"] in over, limit_s)
         return self.job(number)
 
 
 @contextmanager
-def slurm(folder: Path, *, nodes: int = 2, proctrack: str = "proctrack/linuxproc") -> Iterator[Slurm]:
-    """Start one with so many nodes, and end it with all that it runs."""
-    host, first = socket.gethostname().partition(".")[0], free_ports(nodes + 1)
-    names = [host, *(f"{host}-{number}" for number in range(2, nodes + 1))]  # the first is the one that jobs look up
+def slurm(folder: Path, *, more: Sequence[str] = (), proctrack: str = "proctrack/linuxproc") -> Iterator[Slurm]:
+    """Start one with two nodes and those named, in the order of their names, and end it with all that it runs."""
+    host = socket.gethostname().partition(".")[0]
+    names = [host, f"{host}-2", *more]  # a job may look up the first; Slurm wants it first here
+    nodes, first = len(names), free_ports(len(names) + 1)
     lines = [NODE.format(name=name, host=host, port=first + at) for at, name in enumerate(names, 1)]
     (folder / "state").mkdir(parents=True)
     settings = {"host": host, "folder": folder, "nodes": "\n".join(lines), "proctrack": proctrack, "port": first}

@@ -25,7 +25,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, uns
 from grpo_autotune.console import say
 from grpo_autotune.errors import TrainingError
 from grpo_autotune.runs.checkpoints import seal
-from grpo_autotune.seams.fully_sharded import check_output_layer, whole
+from grpo_autotune.seams.fully_sharded import check_output_layer, see_trained, whole
 from grpo_autotune.seams.sharding import check_sharded
 from grpo_autotune.train.runs.reshard import settle
 from grpo_autotune.train.runs.signals import StopRequest
@@ -291,6 +291,7 @@ class _StepBoundary(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_output_layer(self._trainer.model)
+        see_trained(self._trainer.model)
         if (sharding := check_sharded(self._trainer)) is not None:
             say(str(sharding))
         self._trainer.restore_losses()
