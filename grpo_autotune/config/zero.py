@@ -36,6 +36,8 @@ BESIDE: dict[str, Any] = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
 }
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Values of `grpo.optim` that DeepSpeed's Adam for the host equals; accelerate puts it in another's place too."""
 TO_CPU = {"device": "cpu", "pin_memory": True}
 
 

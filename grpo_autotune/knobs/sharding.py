@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 from grpo_autotune.config.schema import RunConfig
-from grpo_autotune.config.zero import ZERO, deepspeed_keys
+from grpo_autotune.config.zero import ADAMW, ZERO, deepspeed_keys
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.knobs.context import KnobContext
 
@@ -34,8 +34,7 @@ def zero_value(key: str, config: RunConfig) -> Any:
 def zero_values(key: str, context: KnobContext, own: Any) -> tuple[Any, ...]:
     """The user's own, and the other stages where there are several ranks, or the other device beside a GPU."""
     usable = context.config.batch.processes > 1 if key == STAGE else context.gpus
-    adam = str(context.config.grpo.get("optim") or "adamw_torch_fused") in ("adamw_torch", "adamw_torch_fused")
-    usable = usable and (adam or key != OFFLOAD_OPTIMIZER)  # accelerate puts DeepSpeed's Adam in another's place
+    usable = usable and (key != OFFLOAD_OPTIMIZER or str(context.config.grpo.get("optim") or ADAMW[0]) in ADAMW)
     others = (1, 2, 3) if key == STAGE else ("none", "cpu")
     return (own, *(value for value in others if value != own)) if own is not None and usable else ()
 

@@ -20,7 +20,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.branches import start_weights
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.config.sections.fsdp import USE, VARIABLES, WHERE, asked
-from grpo_autotune.config.zero import deepspeed_keys
+from grpo_autotune.config.zero import ADAMW, deepspeed_keys
 from grpo_autotune.console import Heartbeat
 from grpo_autotune.errors import ConfigError, EnvironmentProblem, nearest_hint, shortened
 from grpo_autotune.processes.fresh import free_port
@@ -37,7 +37,6 @@ LAUNCHED = {
 }
 """Variables of `accelerate launch`, as they were before a trainer of this process set its own."""
 
-ADAMW = ("adamw_torch", "adamw_torch_fused")
 FORCED = "zero_force_ds_cpu_optimizer"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from grpo_autotune.seams.ranks import any_of, backward_in_step, forward_in_step, most, sharded
+from grpo_autotune.seams.ranks import InStep, backward_in_step, forward_in_step, most, sharded
 
 HOOKED = SimpleNamespace(parameter_offload=SimpleNamespace(forward_hooks=["a hook"]))
 GATHERED = SimpleNamespace(parameter_offload=SimpleNamespace(forward_hooks=[]))
@@ -43,4 +43,4 @@ def test_who_waits_for_whom(of: Any, weights: bool, forward: bool, backward: boo
 
 def test_a_rank_by_itself_agrees_with_itself() -> None:
     assert most([True, False, 3], trainer(), False) == [True, False, 3]
-    assert any_of(trainer())(True) and not any_of(trainer())(False)
+    assert InStep(trainer()).any(True) and not InStep(trainer()).any(False)

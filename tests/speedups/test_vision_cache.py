@@ -14,6 +14,7 @@ from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import DEVICE, EXACT, SAME, make_trainer
 
 from grpo_autotune.seams.layers import AttributeSlot, wrap  # isort: skip
+from grpo_autotune.seams.ranks import InStep  # isort: skip
 from grpo_autotune.speedups.images import vision_cache  # isort: skip
 from grpo_autotune.seams.trainer_access import towers_of  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
@@ -209,7 +210,7 @@ def test_removal_leaves_nothing(tiny, tmp_path, picture_rows):
 def test_a_tower_runs_where_another_rank_has_to(tiny, tmp_path, picture_rows, monkeypatch):
     trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
     others = [False]
-    monkeypatch.setattr(vision_cache, "any_of", lambda trainer: lambda flag: flag or others[0])
+    monkeypatch.setattr(InStep, "any", lambda ranks, flag: flag or others[0])
     runs = []
     tower = tower_of(trainer)
     handle = wrap(AttributeSlot(tower.blocks[0], "forward"), lambda call, *a, **k: (runs.append(1), call(*a, **k))[1])
