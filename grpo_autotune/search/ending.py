@@ -17,9 +17,9 @@ from grpo_autotune.search.leaderboard import TIE, Entry, Level
 from grpo_autotune.search.study import name_of
 
 FINALISTS = 3
-CLOSE = 1.3
+CLOSE = 1.5
 """On a machine that others use, too, one combination may differ by so much from itself from one trial to the next."""
-RIVALS = 4
+RIVALS = 6
 """So many of those that come closest to the best by their trials may be raced against it."""
 
 
