@@ -8,15 +8,13 @@ them, the first after attaching or detaching, is left out: what is done once is 
 timed from the end of the step before to its own end, by a callback that is there in both cases. A pair's ratio is that
 of its seconds, by the wall clock and by the process's CPU time (all threads). Steps so near differ by several per
 cent for reasons of the machine, so it takes hundreds of pairs to tell 1 % from nothing. torch runs on one thread, so
-that a core is left for whatever else the machine does. The probe writes its files, as `train` has it. What attaching
-and detaching leaves behind is collected between the steps.
+that a core is left for whatever else the machine does. The probe writes its files, as `train` has it.
 The images of the first four generating steps are hashed, once a run: the warm-up steps have the probe attached and pay
 it, and their collector is handed on.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
 import tempfile
 import time
@@ -114,9 +112,6 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
             self.probe = None
         if self.probe is None and wanted:
             self.attach().step_ended()
-        gc.collect()
-        if step == WARMUP:
-            gc.freeze()  # so that it has little to look at
         self.begun, self.cpu = time.perf_counter(), time.process_time()
 
     def attach(self) -> Probe:
