@@ -2,20 +2,19 @@
 
     python -m benchmarks.overhead [CONFIG] [PAIRS]
 
-Every pair is two neighbouring optimizer steps of one training run, one without the probe and one with it attached, and
-then the monitors' rules see its log event, too; which of the two comes first alternates from pair to pair. A step is
+Every pair is two optimizer steps of one training run, one without the probe and one with it attached, and then the
+monitors' rules see its log event, too; which of the two comes first alternates from pair to pair. The step between
+them, the first after attaching or detaching, is left out: what is done once is no part of a step's cost. A step is
 timed from the end of the step before to its own end, by a callback that is there in both cases. A pair's ratio is that
-of its seconds, by the wall clock and by the process's CPU time (all threads). Neighbouring steps differ by several per
+of its seconds, by the wall clock and by the process's CPU time (all threads). Steps so near differ by several per
 cent for reasons of the machine, so it takes hundreds of pairs to tell 1 % from nothing. torch runs on one thread, so
-that a core is left for whatever else the machine does. The probe writes its files, as `train` has it. What attaching
-and detaching leaves behind is collected between the steps.
+that a core is left for whatever else the machine does. The probe writes its files, as `train` has it.
 The images of the first four generating steps are hashed, once a run: the warm-up steps have the probe attached and pay
 it, and their collector is handed on.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
 import tempfile
 import time
@@ -64,7 +63,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
         self.probe: Probe | None = None
         self.images: ImageCollector | None = None
         self.begun = self.cpu = 0.0
-        self.last_step = 0
+        self.last_step, self.settles = 0, True
         self.watch: Watch | None = None
         self.stall: StallWatch | None = None
         self.rows: list[dict[str, Any]] = []
@@ -95,7 +94,7 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
             return
         self.last_step = self.trainer.state.global_step
         step, now = self.trainer.state.global_step, time.perf_counter()
-        if step > WARMUP:
+        if step > WARMUP and not self.settles:
             self.rows.append(
                 {
                     "step": step,
@@ -104,7 +103,8 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
                     "cpu_s": time.process_time() - self.cpu,
                 }
             )
-        wanted = step < WARMUP or (step - WARMUP) % 4 in (1, 2)
+        wanted = step < WARMUP or (step - WARMUP) % 6 in (2, 3, 4)
+        self.settles = wanted != (self.probe is not None)
         if self.probe is not None and not wanted:
             self.other += self._other_shares()
             self.images = self.images or self.probe.images
@@ -112,9 +112,6 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
             self.probe = None
         if self.probe is None and wanted:
             self.attach().step_ended()
-        gc.collect()
-        if step == WARMUP:
-            gc.freeze()  # so that it has little to look at
         self.begun, self.cpu = time.perf_counter(), time.process_time()
 
     def attach(self) -> Probe:
