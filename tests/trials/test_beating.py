@@ -127,7 +127,7 @@ def test_compiling_is_told(tmp_path: Path, writer: HeartbeatWriter) -> None:
 @pytest.mark.parametrize(("processes", "hang_s"), [(1, 120.0), (2, 900.0)])
 def test_ranks_that_wait_for_each_other_have_the_trials_limit(processes: int, hang_s: float) -> None:
     config = SimpleNamespace(to_dict=dict, batch=SimpleNamespace(processes=processes))
-    task = SimpleNamespace(folder=SimpleNamespace(next_number=lambda: 1), script=None)
+    task = SimpleNamespace(folder=SimpleNamespace(next_number=lambda: 1), script=None, places=())
     log = TrialLog(task, runner=None, budget=None, view=None)
     assert log.spec("timed", config, {}, 900.0).hang_s == hang_s
 
