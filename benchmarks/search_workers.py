@@ -22,7 +22,7 @@ from grpo_autotune.config.schema import load_config
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.search.folder import SearchFolder, load_search
 
-BUDGET_S = 120
+BUDGET_S = 180
 SEARCHES = 5
 WAYS = {"one worker": (1, "1"), "two workers": (2, "2")}
 """Way of searching -> cores that are open to it, and `--workers`."""

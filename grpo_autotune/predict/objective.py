@@ -42,6 +42,14 @@ class Interval(NamedTuple):
         """The interval of something that is `factor` times as large."""
         return Interval(self.value * factor, self.low * factor, self.high * factor, self.n)
 
+    def differs(self, least: float) -> bool:
+        """True where a ratio is further from 1 than by the part `least`."""
+        return abs(math.log(self.value)) > math.log(1.0 + least)
+
+    def is_apart(self, least: float) -> bool:
+        """True where a ratio `differs`, and its interval does not hold 1."""
+        return (self.low > 1.0 or self.high < 1.0) and self.differs(least)
+
 
 class Living(NamedTuple):
     """Share of groups whose rewards differ, as a function of their size."""

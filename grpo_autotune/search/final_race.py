@@ -11,7 +11,7 @@ from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import median_interval
 from grpo_autotune.search.ablation import SMALL
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.leaderboard import Entry, RaceResult, is_apart
+from grpo_autotune.search.leaderboard import TIE, Entry, RaceResult
 from grpo_autotune.search.study import name_of
 
 FIRST_ROUNDS = 5
@@ -43,7 +43,7 @@ def compare(evaluator: Evaluator, leader: Entry, rival: Entry, room_s: float) ->
     rounds = max(FIRST_ROUNDS, min(CLOSE_ROUNDS, int(race_s(evaluator, rival, 0, leader) / pair_s)))
     for result in _results(evaluator, leader, rival, room_s, (rounds, rounds, MOST_CLOSE_ROUNDS)):
         evaluator.board.note_pair(leader, rival, result.speedup)
-        if is_apart(result.speedup) or 1.0 / SMALL < result.speedup.low <= result.speedup.high < SMALL:
+        if result.speedup.is_apart(TIE) or 1.0 / SMALL < result.speedup.low <= result.speedup.high < SMALL:
             break
 
 

@@ -347,7 +347,8 @@ class Leaderboard:
         return level == "fast" or (
             not self.loses_groups(knobs)
             and all(
-                self.evidence(key, value) in allowed or (level == "open" and self._is_open(key, value))
+                self.evidence(key, value) in allowed
+                or (level == "open" and self.guard(key, value) is None and key in (GROUP, *JUDGED_BY_REWARDS))
                 for key, value in self.changed(knobs).items()
             )
         )
@@ -361,39 +362,38 @@ class Leaderboard:
         """The best that beats the user's configuration beyond noise; else that one. Of raced ones the preferred counts
         before one that was not, unless that passed its worst case and is faster whatever the noise in both."""
         better = [entry for entry in self.ranking(level) if entry is self.baseline or self.speedup(entry).low > 1.0]
-        raced = [entry for entry in better if entry.race is not None]
-        if not raced:
+        if not (raced := [entry for entry in better if entry.race is not None]):
             return next((entry for entry in better if entry.worst_case == "passed"), better[0])
-        best = functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, raced)
+        unbeaten = [e for e in raced if not any(self.beats(other, e) for other in raced)] or raced
+        best = functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, unbeaten)
         high = self.speedup(raced[0]).high
         return next((e for e in better if e.worst_case == "passed" and self.speedup(e).low > high), best)
 
+    def beats(self, entry: Entry, other: Entry) -> bool:
+        """True where a race of the two shows an entry to be better beyond noise."""
+        gain = self.pair(other, entry)
+        return gain is not None and gain.value > 1.0 and gain.is_apart(TIE)
+
     def prefers(self, entry: Entry, leader: Entry) -> bool:
-        """True where an entry is to be recommended before one that led so far: better beyond the noise of a race of
-        the two, or as good (without one: by their speed-ups) and simpler."""
-        gain = self.pair(leader, entry)
-        if gain is not None and is_apart(gain):
-            return gain.value > 1.0
-        as_good = gain is not None or self.speedup(entry).value >= self.speedup(leader).low
-        return as_good and self.is_simpler(entry, leader)
+        """True where an entry is to be recommended before one that led so far: better beyond the noise of their race,
+        or as good (without one: by speed-ups) and simpler. Of as many changes the nearer win only near a tie."""
+        if self.beats(entry, leader) or self.beats(leader, entry):
+            return self.beats(entry, leader)
+        race = self.pair(leader, entry)
+        seen = race or self.speedup(entry).over(self.speedup(leader))
+        if len(self.changed(entry.knobs)) == len(self.changed(leader.knobs)) and seen.differs(TIE):
+            return seen.value > 1.0
+        as_good = race or self.speedup(entry).value >= self.speedup(leader).low
+        return bool(as_good) and self.is_simpler(entry, leader)
 
     def is_simpler(self, entry: Entry, other: Entry) -> bool:
         """True where an entry changes fewer knobs than another, or as many and numbers by less."""
         return distance(entry.knobs, self.baseline_knobs) < distance(other.knobs, self.baseline_knobs)
 
-    def _is_open(self, key: str, value: Any) -> bool:
-        """True where a search can prove a learning knob's value, and has not tried."""
-        return self.guard(key, value) is None and (key == GROUP or key in JUDGED_BY_REWARDS)
-
     def _step_ratio(self, entry: Entry) -> float:
         if entry.race is not None:
             return self.worth(entry.config) / entry.race.speedup.value
         return self.seconds(entry) / self.seconds(self.baseline)
-
-
-def is_apart(ratio: Interval) -> bool:
-    """True where a ratio of two scores is neither noise nor next to nothing."""
-    return (ratio.low > 1.0 or ratio.high < 1.0) and abs(math.log(ratio.value)) > math.log(1.0 + TIE)
 
 
 def _larger(*peaks: int | None) -> int | None:

@@ -33,7 +33,7 @@ if "--again" not in sys.argv:
         ranks.call()
         ranks.wait()
     try:
-        dist.all_reduce(number)  # nobody joins it: it waits, or ends with the connection of one that left a moment before
+        dist.all_reduce(number)  # nobody joins it: it waits, or ends with one that left before
     finally:
         ranks.close()
     raise SystemExit("a rank went on alone")
