@@ -106,9 +106,9 @@ def test_of_equal_numbers_the_one_nearer_to_the_users_wins() -> None:
 
 
 def test_what_a_race_beats_does_not_win_by_a_third_that_is_as_good_as_both() -> None:
-    """32 beats 8 beyond noise; 16 is told apart from neither."""
+    """16 beats 4 beyond noise; 8 is told apart from neither."""
     wide = (2.3, 3.3, 4.6)
-    board = board_of(({MICRO: 32}, wide), ({MICRO: 16}, wide), ({MICRO: 8}, wide))
+    board = board_of(({MICRO: 16}, wide), ({MICRO: 8}, wide), ({MICRO: 4}, wide))
     _, large, middle, small = board.entries.values()
     board.note_pair(small, large, Interval(1.24, 1.14, 1.34, 10))
     board.note_pair(middle, large, Interval(1.02, 0.94, 1.1, 10))
