@@ -15,6 +15,7 @@ class Setting:
     line: int | None = None  # line of `file`, from 1; None for the framework's default
     file: str | None = None  # name of the file where it is not the source itself (a base YAML beside a script)
     text: str | None = None  # as written, where that differs: `${BATCH:-512}`; same as `value` if only a run can tell
+    open: frozenset[str] = frozenset()  # keys of a mapping whose values, or parts of them, only a run can tell
 
 
 @dataclass(frozen=True)

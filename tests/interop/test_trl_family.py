@@ -597,6 +597,15 @@ def test_a_program_with_a_model_config(tmp_path: Path) -> None:
     assert row(record, "generation_kwargs").to == {
         "grpo.top_k": 5, "grpo.generation_kwargs": {"cache_implementation": "static"},
     }  # fmt: skip
+    static_p = "{'typical_p': own.p, 'suppress_tokens': [1, own.s], 'cache_implementation': 'static', 'top_k': 5}"
+    named = MADE.replace("{more}", ", generation_kwargs=static_p").replace(
+        "\nargs =", f"\nstatic_p = {static_p}\nargs ="
+    )
+    for text in (named, MADE.replace("{more}", f", **dict(generation_kwargs={static_p})")):
+        path.write_text(text)
+        again = row(imported(import_file(path)), "generation_kwargs")
+        assert again.why.startswith(f"suppress_tokens, typical_p: {trl_keys.RUNS}")
+        assert again.to == row(record, "generation_kwargs").to
 
 
 LOADED = (

@@ -301,9 +301,9 @@ def _generation(to: Translation, key: str) -> None:
         return to.dropped(key, RUNS)
     if not isinstance(to.value(key), dict | None):
         return to.dropped(key, "no mapping of keys to values: write one")
-    away, written = {*UNUSABLE, *OF_TOKENIZER} - RANGES.keys(), str(setting and setting.text)
-    texts = {name: value for name, value in given.items() if isinstance(value, str) and name not in away}
-    unsure = {name for name, value in texts.items() if name in RANGES or value in written.replace(repr(value), "")}
+    away = {*UNUSABLE, *OF_TOKENIZER} - RANGES.keys()
+    texts = {name for name, value in given.items() if isinstance(value, str) and name in RANGES}
+    unsure = ((setting.open if setting else frozenset()) & given.keys() | texts) - away
     kept = {name: value for name, value in given.items() if name not in {*RANGES, *away, *unsure}}
     targets = {f"grpo.{name}": value for name, value in given.items() if name in RANGES and name not in unsure}
     targets |= {"grpo.generation_kwargs": kept} if kept else {}

@@ -261,7 +261,7 @@ class _Reader(ast.NodeVisitor):
             else:
                 for key, value in spread.items():
                     text = str(value) if isinstance(value, Unknown) else None
-                    arguments[str(key)] = Setting(_plain(value), node.lineno, self.cell, text)
+                    arguments[str(key)] = Setting(_plain(value), node.lineno, self.cell, text, _open_keys(value))
         if isinstance(node.func, ast.Attribute) and isinstance(self.value(node.func.value), dict | list):
             self.names.pop(ast.unparse(node.func.value), None)  # `update`, `append`
         self.script.calls.append(Call(ast.unparse(node.func), arguments, node.lineno))
@@ -270,7 +270,8 @@ class _Reader(ast.NodeVisitor):
         written: str | None = ast.unparse(node)
         with suppress(*WRONG):
             written = written if ast.literal_eval(node) is ... else None
-        return Setting(_plain(self.value(node)), node.lineno, self.cell, written)
+        value = self.value(node)
+        return Setting(_plain(value), node.lineno, self.cell, written, _open_keys(value))
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression; `Unknown` where it, or in a list a part of it, is not known or too long."""
@@ -378,6 +379,12 @@ def _is_open(value: Any) -> bool:
     """True if a value, or a part of it, is not known."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return isinstance(value, Unknown) or any(map(_is_open, parts))
+
+
+def _open_keys(value: Any) -> frozenset[str]:
+    return (
+        frozenset(str(key) for key, item in value.items() if _is_open(item)) if isinstance(value, dict) else frozenset()
+    )
 
 
 def _replaced(text: str, old: str, new: str, *count: int) -> str:
