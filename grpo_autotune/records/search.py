@@ -81,6 +81,17 @@ class ModelError(Frozen):
     n: int
 
 
+class RaceRow(Frozen):
+    """What a race has shown so far, a line of `races.jsonl`: medians with their interval's ends and the rounds they
+    rest on."""
+
+    before: dict[str, Any]  # knobs of the one that the rival is compared with
+    rival: dict[str, Any]
+    speedup: tuple[float, float, float, int]  # score of the rival over the other's
+    step: tuple[float, float, float, int]  # the rival's seconds per step
+    before_step: tuple[float, float, float, int]  # the other's
+
+
 class Skipped(Frozen):
     """Combinations that were not run, and why."""
 

@@ -78,7 +78,6 @@ class Costs:
         self._cold: list[float] = []
         self._warm: list[float] = []
         self._first_share = 1.0 - WARM_SAVES if warm else 1.0
-        self.pair_is_warm = False  # the processes of the last race stayed for the next
 
     def learn(self, outcome: TrialOutcome) -> None:
         if outcome.status != "ok" or not outcome.step_s:
@@ -101,10 +100,9 @@ class Costs:
         """The same of a fresh process."""
         return max(self._cold, default=0.0)
 
-    @property
-    def pair_s(self) -> float:
-        """Start-up of two side by side."""
-        return 2.0 * self.beside_s if self.pair_is_warm else STARTS * self.cold_s
+    def pair_s(self, *, warm: bool) -> float:
+        """Start-up of two side by side; `warm` if both processes are there."""
+        return 2.0 * self.beside_s if warm else STARTS * self.cold_s
 
     def trial_s(self, step_s: float, steps: int) -> float:
         return self.beside_s + steps * step_s

@@ -11,7 +11,7 @@ from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.search.ablation import SMALL, contribution, measure_ablations, simpler, taken_back
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.final_race import compare, race, race_s
+from grpo_autotune.search.final_race import FIRST_ROUNDS, compare, race, race_s
 from grpo_autotune.search.guard_trials import judge_group, run_worst_case, worst_case_s
 from grpo_autotune.search.leaderboard import TIE, Entry, Level
 from grpo_autotune.search.study import name_of
@@ -25,7 +25,7 @@ RIVALS = 6
 
 def end_s(evaluator: Evaluator, entry: Entry) -> float:
     """Expected seconds of an entry's worst case and race, with what they may take longer."""
-    return SURE * (race_s(evaluator, entry) + worst_case_s(evaluator, entry))
+    return SURE * (race_s(evaluator, entry, FIRST_ROUNDS) + worst_case_s(evaluator, entry))
 
 
 class Ending:
@@ -33,7 +33,8 @@ class Ending:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator, self._board, self._budget = evaluator, evaluator.board, evaluator.budget
-        self._tested: set[str] = set()
+        raced = (entry for entry in self._board.entries.values() if entry.race is not None)  # by an earlier process
+        self._tested = {name_of(entry.knobs) for entry in raced}
 
     def judge_groups(self) -> None:
         """Judge the group sizes that `tuned.yaml` waits for, with the time that the race does not need."""
@@ -68,7 +69,7 @@ class Ending:
             return next((entry for entry in fresh if self._challenges(entry, leader)), None)
         for number, rival in enumerate(rivals[:FINALISTS]):
             entry = self._alone(rival)
-            for other in rivals[number + 1 : number + RIVALS]:
+            for other in rivals[number + 1 : number + 1 + RIVALS]:
                 entry = self._better(entry, other)
             entry = self._without_idle(entry)
             if name_of(entry.knobs) not in self._tested:
@@ -91,7 +92,7 @@ class Ending:
         board, name = self._board, name_of(leader.knobs)
         loss = board.ratio(rival, leader)
         if board.pair(rival, leader) is None and (loss.low <= 1.0 or loss.value < CLOSE):
-            compare(self._evaluator, leader, rival, self._room_s(rival))
+            compare(self._evaluator, leader, rival, min(self._room_s(leader), self._room_s(rival)) / 2)
         leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
         if rival.fails is not None:
             return leader

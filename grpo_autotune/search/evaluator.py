@@ -97,7 +97,6 @@ class Evaluator:
         outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
         for spec, outcome in zip((first, second), outcomes, strict=True):
             self.record(spec, outcome)
-        self.costs.pair_is_warm = all(outcome.warm for outcome in outcomes)
         return outcomes[0], outcomes[1]
 
     def timed(self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None) -> Entry | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import median_interval
+from grpo_autotune.records.search import RaceRow
 from grpo_autotune.search.ablation import SMALL
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, RaceResult
@@ -29,7 +30,8 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
     """Race a combination against the user's configuration; its entry with the result, as it was where there was no
     time, and barred from winning where it failed."""
     board = evaluator.board
-    for result in _results(evaluator, board.baseline, rival, room_s, (FIRST_ROUNDS, MORE_ROUNDS, MOST_ROUNDS)):
+    rounds = FIRST_ROUNDS, MORE_ROUNDS, MOST_ROUNDS
+    for result in _results(evaluator, board.baseline, rival, room_s, rounds, board.confidence):
         rival = board.update(rival, race=result)
         if result.speedup.low > 1.0 or result.speedup.high < 1.0:
             break
@@ -41,17 +43,24 @@ def compare(evaluator: Evaluator, leader: Entry, rival: Entry, room_s: float) ->
     equal."""
     pair_s = race_s(evaluator, rival, 1, leader) - race_s(evaluator, rival, 0, leader)
     rounds = max(FIRST_ROUNDS, min(CLOSE_ROUNDS, int(race_s(evaluator, rival, 0, leader) / pair_s)))
-    for result in _results(evaluator, leader, rival, room_s, (rounds, rounds, MOST_CLOSE_ROUNDS)):
+    confidence = confidence_of(evaluator.board.confidence, rounds)
+    for result in _results(evaluator, leader, rival, room_s, (rounds, rounds, MOST_CLOSE_ROUNDS), confidence):
         evaluator.board.note_pair(leader, rival, result.speedup)
         if result.speedup.is_apart(TIE) or 1.0 / SMALL < result.speedup.low <= result.speedup.high < SMALL:
             break
 
 
+def confidence_of(confidence: float, rounds: int) -> float:
+    """Of each look at two that are close, so many rounds after the one before, for all looks to be as sure as
+    `confidence` together (Bonferroni's bound)."""
+    return 1.0 - (1.0 - confidence) * rounds / MOST_CLOSE_ROUNDS
+
+
 def _results(
-    evaluator: Evaluator, before: Entry, rival: Entry, room_s: float, rounds: tuple[int, int, int]
+    evaluator: Evaluator, before: Entry, rival: Entry, room_s: float, rounds: tuple[int, int, int], confidence: float
 ) -> Iterator[RaceResult]:
     """Score of a rival over that of another entry after the first so many rounds, then after more, and at most; a rival
-    that fails is barred from winning."""
+    that fails is barred from winning, but one whose memory ran out beside another than the user's."""
     board, budget = evaluator.board, evaluator.budget
     end_s, pairs = budget.elapsed_s + room_s, list[tuple[float, float]]()
     wanted, more, most = rounds
@@ -62,7 +71,8 @@ def _results(
             return
         one, other = evaluator.race(before, rival, fitting, left_s)
         if one.status == "ok" and other.status not in ("ok", "timeout"):
-            board.update(rival, fails=f"failed in the race: {other.why or other.status}", race=None)
+            if other.status != "oom" or before.knobs == board.baseline_knobs:
+                board.update(rival, fails=f"failed in the race: {other.why or other.status}", race=None)
             return
         rival = board.add_peak(rival, other.peak_bytes)
         pairs += zip(one.step_s, other.step_s, strict=False)  # the last round may have been cut short
@@ -72,8 +82,10 @@ def _results(
         aside = [board.apart_s(stages_s) for stages_s in sides]
         ratios = [(first + aside[0]) / (second + aside[1]) for first, second in pairs]
         worth = board.worth(rival.config) / board.worth(before.config)
-        speedup = board.bounded(median_interval(ratios, board.confidence).times(worth), before, rival)
-        before_s, after_s = (median_interval(side, board.confidence) for side in zip(*pairs, strict=True))
+        speedup = board.bounded(median_interval(ratios, confidence).times(worth), before, rival)
+        before_s, after_s = (median_interval(side, confidence) for side in zip(*pairs, strict=True))
+        row = RaceRow(before=before.knobs, rival=rival.knobs, speedup=speedup, step=after_s, before_step=before_s)
+        evaluator.log.task.folder.keep_race(row)
         yield RaceResult(speedup, step=after_s, baseline_step=before_s)
         wanted = more
 
@@ -86,7 +98,7 @@ def race_s(evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS, befor
     pair_s = (before.step.value + rival.step.value) * rival.cycle
     if before.config.use_vllm or rival.config.use_vllm:
         return (rounds + 1) * evaluator.costs.cold_s + SPEED_MARGIN * 2 * rounds * pair_s
-    return evaluator.costs.pair_s + SPEED_MARGIN * (rounds + 1) * pair_s
+    return evaluator.log.pair_s + SPEED_MARGIN * (rounds + 1) * pair_s
 
 
 def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float, before: Entry | None = None) -> int:

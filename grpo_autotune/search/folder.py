@@ -1,13 +1,14 @@
 """Folder of a search: readable by hand, used by one process at a time, and enough to resume from after any kill.
 
-config.yaml  machine.json  study.journal  state.json  search.json  tuned.exact.yaml  tuned.yaml  tuned.fast.yaml
+config.yaml  machine.json  study.journal  state.json  races.jsonl  search.json
+tuned.exact.yaml  tuned.yaml  tuned.fast.yaml
 trials/0007/{spec.json, outcome.json, ...}
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.records.base import Frozen
-from grpo_autotune.records.search import SearchReport
+from grpo_autotune.records.search import RaceRow, SearchReport
 from grpo_autotune.records.stored import read_stored
 from grpo_autotune.records.trial import OUTCOME_FILE, SPEC_FILE, TrialOutcome, TrialSpec
 from grpo_autotune.units import hms
@@ -44,6 +45,7 @@ class SearchFolder:
         self.journal = path / "study.journal"
         self.report = path / SEARCH_FILE
         self.state_file = path / "state.json"
+        self.races_file = path / "races.jsonl"
 
     def tuned(self, which: str) -> Path:
         """`tuned.yaml`, or `tuned.exact.yaml` and `tuned.fast.yaml`."""
@@ -60,6 +62,18 @@ class SearchFolder:
             if spec is not None:
                 trials.append((spec, read_record(folder / OUTCOME_FILE, TrialOutcome)))
         return trials
+
+    def keep_race(self, row: RaceRow) -> None:
+        with self.races_file.open("a", encoding="utf-8") as file:
+            file.write(f"{row.model_dump_json()}\n")
+
+    def races(self) -> list[RaceRow]:
+        """What races had shown, the newest last; a line that a kill left half written says nothing."""
+        rows = []
+        for line in self.races_file.read_text(encoding="utf-8").splitlines() if self.races_file.exists() else ():
+            with suppress(ValidationError):
+                rows.append(RaceRow.model_validate_json(line))
+        return rows
 
     def next_number(self) -> int:
         used = [int(folder.name) for folder in (self.path / "trials").glob("[0-9]*") if folder.name.isdecimal()]

@@ -367,7 +367,8 @@ class Leaderboard:
         unbeaten = [e for e in raced if not any(self.beats(other, e) for other in raced)] or raced
         best = functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, unbeaten)
         high = self.speedup(raced[0]).high
-        return next((e for e in better if e.worst_case == "passed" and self.speedup(e).low > high), best)
+        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > high)
+        return next((e for e in faster if not self.beats(best, e)), best)
 
     def beats(self, entry: Entry, other: Entry) -> bool:
         """True where a race of the two shows an entry to be better beyond noise."""
@@ -379,12 +380,11 @@ class Leaderboard:
         or as good (without one: by speed-ups) and simpler. Of as many changes the nearer win only near a tie."""
         if self.beats(entry, leader) or self.beats(leader, entry):
             return self.beats(entry, leader)
-        race = self.pair(leader, entry)
-        seen = race or self.speedup(entry).over(self.speedup(leader))
+        seen = (race := self.pair(leader, entry)) or self.speedup(entry).over(self.speedup(leader))
         if len(self.changed(entry.knobs)) == len(self.changed(leader.knobs)) and seen.differs(TIE):
             return seen.value > 1.0
-        as_good = race or self.speedup(entry).value >= self.speedup(leader).low
-        return bool(as_good) and self.is_simpler(entry, leader)
+        as_good = race is not None or self.speedup(entry).value >= self.speedup(leader).low
+        return as_good and self.is_simpler(entry, leader)
 
     def is_simpler(self, entry: Entry, other: Entry) -> bool:
         """True where an entry changes fewer knobs than another, or as many and numbers by less."""

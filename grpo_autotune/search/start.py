@@ -10,7 +10,7 @@ from grpo_autotune.hardware import Machine
 from grpo_autotune.hardware.places import Place
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.predict.models import Models
-from grpo_autotune.predict.objective import steps_between
+from grpo_autotune.predict.objective import Interval, steps_between
 from grpo_autotune.predict.room import memory_of
 from grpo_autotune.records.probe import ProbeRecord, seconds_once
 from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOutcome, TrialSpec
@@ -20,7 +20,7 @@ from grpo_autotune.search.budget import END_SHARE, Budget
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
 from grpo_autotune.search.folder import fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials
-from grpo_autotune.search.leaderboard import Leaderboard
+from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
 from grpo_autotune.search.space import space
 from grpo_autotune.search.storage import journal_storage, shared_storage
 from grpo_autotune.search.study import Axes, Claim, Sampler, Study, name_of
@@ -90,16 +90,24 @@ def refuse_server(config: RunConfig, places: Sequence[Place]) -> None:
 
 
 def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> None:
-    """Learn from the trials of an earlier process, in their order; races and lost trials are run again."""
+    """Learn from the trials and races of an earlier process, in their order; lost trials are run again."""
+    board = evaluator.board
     for spec, outcome in recalled:
         if outcome is None or spec.source == "race":
             continue
         evaluator.relearn(spec, outcome)
         if spec.purpose == "rewards" and outcome.rewards:
             rewards.recall(spec, outcome.rewards)
-        entry = evaluator.board.entry(evaluator.knobs_of(spec))
+        entry = board.entry(evaluator.knobs_of(spec))
         if spec.purpose == "worst_case" and entry is not None:
-            evaluator.board.add_worst_case(entry, outcome)
+            board.add_worst_case(entry, outcome)
+    for row in evaluator.log.task.folder.races():
+        before, rival = board.entry(row.before), board.entry(row.rival)
+        speedup, step, before_step = (Interval(*figures) for figures in (row.speedup, row.step, row.before_step))
+        if rival is not None and row.before == board.baseline_knobs:
+            board.update(rival, race=RaceResult(speedup, step, before_step))
+        elif before is not None and rival is not None:
+            board.note_pair(before, rival, speedup)
 
 
 def measure_baseline(evaluator: Evaluator) -> None:
@@ -146,13 +154,13 @@ def _run_probe(log: TrialLog) -> TrialOutcome:
     groups = max(1, plan.completions_per_step // plan.num_generations)
     least = config.search.steps
     steps = max(least, min(MOST_PROBE_STEPS, -(-PROBE_GROUPS // groups)))
-    limit_s = log.budget.left_s if total_s else UNBOUNDED_PROBE_S
     enough: dict[str, Any] = {}
     if plan.processes == 1 and total_s:  # several ranks would have to agree on when it is enough
         enough = {"least_steps": least, "enough_s": PROBE_SHARE * total_s}
+    log.prepare(log.spec("probe", config, {}, UNBOUNDED_PROBE_S))
+    limit_s = log.budget.left_s if total_s else UNBOUNDED_PROBE_S
     spec = log.spec("probe", config, {}, limit_s, steps=steps, **enough)
     stages = [Progress("start-up", 0, 0)]
-    log.prepare(spec)
     outcome = log.run(spec, log.progress(spec), stages.append)
     log.record(spec, outcome, spec.knobs)
     log.costs.learn(outcome)

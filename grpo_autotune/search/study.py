@@ -98,10 +98,10 @@ def differing(left: Knobs, right: Knobs) -> list[str]:
 
 
 def distance(left: Knobs, right: Knobs) -> tuple[int, float]:
-    """Number of knobs that differ, and how far apart their numbers are, as logarithms of their ratios."""
+    """Number of knobs that differ, and how far apart their numbers are, by their logarithms."""
     keys = differing(left, right)
     numbers = [(left[key], right[key]) for key in keys if _numbers((left[key], right[key]))]
-    return len(keys), math.fsum(abs(math.log(one / two)) for one, two in numbers if one > 0 and two > 0)
+    return len(keys), math.fsum(abs(math.log1p(abs(one)) - math.log1p(abs(two))) for one, two in numbers)
 
 
 class Study:

@@ -33,6 +33,8 @@ HANG_S = 120.0
 class TrialRunner(Protocol):
     """Runner of trials in child processes (`grpo_autotune.trials.parent.runner.Runner`)."""
 
+    @property
+    def has_pair(self) -> bool: ...
     def run(self, spec: TrialSpec, watch: Callable[[Progress], None] | None = None) -> TrialOutcome: ...
     def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]: ...
     def close(self) -> None: ...
@@ -104,16 +106,22 @@ class TrialLog:
             **more,
         )
 
+    @property
+    def pair_s(self) -> float:
+        """Start-up of two that race."""
+        return self.costs.pair_s(warm=self._runner.has_pair)
+
     def prepare(self, spec: TrialSpec) -> None:
         """Have the processes of all workers load their libraries at the same time, before anything is measured; one of
-        them runs what runs alone."""
+        them runs what runs alone. One that loads for longer than `HANG_S` is left to its first trial."""
         runners = self._workers.values()
         if not runners or spec.script is not None or spec.world_size > 1:  # a process for each trial
             return
         self._show(self.progress(spec))
         for runner in runners:
             runner.prepare()
-        while sum(runner.is_loading for runner in runners) and self.budget.left_s > 0.0:
+        end_s = self.budget.elapsed_s + HANG_S
+        while sum(runner.is_loading for runner in runners) and self.budget.elapsed_s < end_s:
             self._wait(LOOK_S)
 
     def progress(self, spec: TrialSpec) -> SearchProgress:

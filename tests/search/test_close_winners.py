@@ -10,9 +10,10 @@ import pytest
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware.places import Place
-from grpo_autotune.predict.objective import Interval
+from grpo_autotune.predict.objective import Interval, median_interval
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.final_race import CLOSE_ROUNDS, MOST_CLOSE_ROUNDS, confidence_of
 from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
 from grpo_autotune.search.session import search
 from tests.support.paper_machine import GIB, MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
@@ -95,6 +96,18 @@ def test_the_simpler_one_does_not_win_by_the_others_wide_interval() -> None:
     assert board.best("exact") is micro, "noise"
     board.note_pair(micro, both, Interval(1.02, 1.01, 1.03, 40))
     assert board.best("exact") is micro, "next to nothing"
+
+
+def test_equals_are_seldom_told_apart_however_often_they_are_looked_at() -> None:
+    """Rounds that scatter by 10 %: of 40 pairs of equals one in ten may be, at a confidence of 90 %."""
+
+    def told_apart(confidence: float) -> int:
+        pairs = [np.exp(np.random.default_rng(seed).normal(0.0, 0.1, MOST_CLOSE_ROUNDS)) for seed in range(40)]
+        ends = range(CLOSE_ROUNDS, MOST_CLOSE_ROUNDS + 1, CLOSE_ROUNDS)
+        looks = [[median_interval(list(ratios[:end]), confidence) for end in ends] for ratios in pairs]
+        return sum(any(one.low > 1.0 or one.high < 1.0 for one in seen) for seen in looks)
+
+    assert told_apart(0.9) > 4 >= told_apart(confidence_of(0.9, CLOSE_ROUNDS))
 
 
 def test_of_equal_numbers_the_one_nearer_to_the_users_wins() -> None:

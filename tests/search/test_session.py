@@ -129,6 +129,19 @@ def test_a_search_that_was_killed_near_its_end_still_closes(tmp_path: Path) -> N
     assert report.best.speedup > 1.0
 
 
+def test_what_was_raced_before_a_kill_is_not_raced_again(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, lengths=[[3, 4]])
+    before, folder = paper.search(), SearchFolder(tmp_path)
+    state = json.loads(folder.state_file.read_text())
+    folder.state_file.write_text(json.dumps(state | {"elapsed_s": 297.0, "finished": False}))
+    with folder.races_file.open("a") as file:
+        file.write('{"before": {"gr')
+    paper.trials = PaperTrials(tmp_path)
+    report = paper.search(resume=True)
+    assert report.best.raced and (report.best.knobs, report.best.ci) == (before.best.knobs, before.best.ci)
+    assert not any(spec.source == "race" for spec in paper.trials.specs)
+
+
 @pytest.mark.parametrize(
     ("ranks", "steps", "probe"), [(1, 3, (6, 3, 15.0)), (1, 10, (10, 10, 15.0)), (2, 3, (4, None, None))]
 )
@@ -718,9 +731,8 @@ def test_the_budget_and_the_costs_learn() -> None:
     evaluated.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=31.0, record=record))
     assert evaluated.trial_s(1.0, 2) == pytest.approx(22.0)  # no later trial evaluates
     costs.learn(TrialOutcome(number=1, status="ok", step_s=[1.0], elapsed_s=3.0, warm=True))
-    assert costs.beside_s == 2.0 + 0.5 * 20.0 and costs.pair_s == 1.5 * 20.0
-    costs.pair_is_warm = True  # as a race showed
-    assert costs.pair_s == 2 * costs.beside_s
+    assert costs.beside_s == 2.0 + 0.5 * 20.0 and costs.pair_s(warm=False) == 1.5 * 20.0
+    assert costs.pair_s(warm=True) == 2 * costs.beside_s
 
 
 def test_lengths_are_drawn_as_the_probe_saw_them() -> None:

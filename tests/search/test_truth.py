@@ -403,7 +403,7 @@ def test_a_race_with_an_engine_counts_a_start_for_each_round(engine: bool, secon
         SimpleNamespace(step=Interval(s, s, s), config=SimpleNamespace(use_vllm=engine), cycle=1) for s in (3, 2)
     ]
     evaluator = SimpleNamespace(
-        costs=SimpleNamespace(cold_s=60.0, pair_s=90.0), board=SimpleNamespace(baseline=entries[0])
+        costs=SimpleNamespace(cold_s=60.0), log=SimpleNamespace(pair_s=90.0), board=SimpleNamespace(baseline=entries[0])
     )
     assert race_s(cast(Evaluator, evaluator), cast(Any, entries[1])) == pytest.approx(seconds)
     assert rounds_that_fit(cast(Evaluator, evaluator), cast(Any, entries[1]), 576.0) == fit

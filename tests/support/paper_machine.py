@@ -153,6 +153,8 @@ class PaperTrials:
         """A worker on a part of the machine that takes so many times as long."""
         return PaperWorker(self, slower)
 
+    has_pair = False
+
     def race(self, specs: Sequence[TrialSpec], *, rounds: int, deadline_s: float) -> list[TrialOutcome]:
         return [self.run(spec.model_copy(update={"steps": rounds, "limit_s": deadline_s})) for spec in specs]
 

@@ -12,11 +12,11 @@ _THREADS = torch.get_num_threads()
 
 
 def keep_to(cores: Sequence[int]) -> None:
-    """Compute on these cores alone, with no more threads; on all that this process was given where there are none."""
+    """Compute on these cores alone, with no more threads; on all that this process was given where there are none.
+    Where a system keeps no process to cores, only the threads are fewer."""
     wanted = set(cores) or _ALL
-    if not wanted or wanted == os.sched_getaffinity(0):
-        return
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setaffinity(int(thread.name), wanted)
-    torch.set_num_threads(min(_THREADS, len(wanted)))
+    if _ALL and wanted != os.sched_getaffinity(0):
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread.name), wanted)
+    torch.set_num_threads(min(_THREADS, len(wanted) or _THREADS))

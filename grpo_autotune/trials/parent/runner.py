@@ -66,11 +66,17 @@ class Runner(AbstractContextManager["Runner"]):
 
     def prepare(self) -> None:
         """Start a worker that loads what every trial needs, before it has one."""
+        self._recovery.before_start(others=False)
         handle, name = tempfile.mkstemp(prefix="grpo-autotune-")
         os.close(handle)
         self._loading, self._key = (Path(name), self._clock()), NEW
         self._worker = self._recovery.watch(self._spawn(Path(name), Path(os.devnull), 1))
         self._worker.order(Path(name))
+
+    @property
+    def has_pair(self) -> bool:
+        """True while both processes of the last race are there for the next."""
+        return self._worker is not None and self._spare is not None
 
     @property
     def is_loading(self) -> bool:
@@ -101,6 +107,8 @@ class Runner(AbstractContextManager["Runner"]):
         outcome. Closing it ends the trial."""
         folder, kills = prepare_folder(self._run_dir, spec), kernel_kills()
         loaded_s, self._loaded_s = self._loaded_s if spec.purpose == "probe" else 0.0, 0.0  # a start as any other's
+        if spec.purpose == "worst_case":  # what it needs of the memory, it needs alone
+            self._part_pair()
         if (lost := self._recovery.lost()) is not None:
             return self._written(TrialOutcome(number=spec.number, **lost._asdict()), folder)
         try:
@@ -171,6 +179,11 @@ class Runner(AbstractContextManager["Runner"]):
             worker.end()
         if self._loading is not None:
             self._loading[0].unlink(missing_ok=True)
+
+    def _part_pair(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.end()
 
     def _blamed(self, outcome: TrialOutcome, folder: Path) -> TrialOutcome:
         """A failed trial, with its server's reason where that ended first."""
