@@ -123,6 +123,9 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         warm = runner.run(spec_of(tiny("qwen3"), tmp_path, 2, purpose="rewards", steps=2))
         later = [spec.model_copy(update={"number": 3 + spec.number}) for spec in specs]
         assert [outcome.warm for outcome in runner.race(later, rounds=1, deadline_s=280)] == [True, True]
+        assert runner.has_pair and len(processes(mark)) >= 2
+        worst = runner.run(spec_of(tiny("qwen3"), tmp_path, 9, purpose="worst_case", steps=1))
+        assert worst.status == "ok" and worst.warm and not runner.has_pair
     assert processes(mark) == []
     assert [len(outcome.step_s) for outcome in outcomes] == [2, 2]
     assert turns == ["0", "0", "1", "1", "2", "2", "3", "3"]
