@@ -11,6 +11,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from grpo_autotune.console import is_first_rank
 from grpo_autotune.doctor.checks import check_shared_memory
 from grpo_autotune.doctor.finding import Findings, fail, ok, warn
@@ -134,9 +136,9 @@ def busy(run: Run) -> Findings:
             time.sleep(LONGER_LOOK_S)  # not for one that is just ending
             stays = load_between(begun, others_s(run.ranks), None, on_gpu=False)
             free = max(1, round(load.of - stays.cores)) if stays is not None else load.of
-            if free < load.of:
+            if free < min(load.of, psutil.cpu_count(logical=False) or load.of):  # of which torch would take no more
                 run.threads = free
-                remedy += f"; beside it torch gets {plural(free, 'thread')}, or {THREADS}"
+                remedy += f"; this run gets {plural(free, 'thread')} to its end, or {THREADS}"
         yield warn(load.warning, remedy)
     yield from [ok(load.words)] if load is not None else ()
 

@@ -412,6 +412,7 @@ def test_torch_leaves_other_processes_their_cores(
     if given is None:
         del os.environ["OMP_NUM_THREADS"]
     world.patch.setattr(sampler, "_open_cores", lambda: {0, 1})
+    world.patch.setattr(surroundings.psutil, "cpu_count", lambda logical: 2)
     before = torch.get_num_threads()
     taken_by_others(world.patch, cores)
     world.findings()
@@ -421,7 +422,19 @@ def test_torch_leaves_other_processes_their_cores(
         assert torch.get_num_threads() == (1 if threads == "1" else before)
     finally:
         torch.set_num_threads(before)
-    assert ("; beside it torch gets 1 thread, or OMP_NUM_THREADS" in capsys.readouterr().err) == (threads == "1")
+    assert ("; this run gets 1 thread to its end, or OMP_NUM_THREADS" in capsys.readouterr().err) == (threads == "1")
+
+
+def test_threads_are_never_more_than_torch_would_take(world: World) -> None:
+    """Of 16 logical cores on 8 real ones torch takes 8 threads: one busy core leaves it those."""
+    world.patch.delenv("OMP_NUM_THREADS", raising=False)
+    world.patch.setattr(sampler, "_open_cores", lambda: set(range(16)))
+    world.patch.setattr(surroundings.psutil, "cpu_count", lambda logical: 8)
+    run = Run(RunConfig.from_dict(world.values), CPU_MACHINE)
+    for cores, threads in ((1.1, None), (12.0, 4)):
+        taken_by_others(world.patch, cores)
+        list(examine(run, [surroundings.busy]))
+        assert run.threads == threads
 
 
 def test_a_process_that_is_ending_takes_no_thread(world: World) -> None:
