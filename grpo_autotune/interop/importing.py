@@ -74,8 +74,11 @@ PROGRAMS: Final[Sequence[tuple[str, str, str]]] = (  # framework, program, start
     ("trl", r".*g[rs]po\w*\.py", r"--(per_device_train_batch_size|num_generations|config|model_name_or_path)"),
     ("trl", r".*\.py", r"--(max_completion_length|reward_funcs)"),
 )
-SERVERS: Final[Mapping[str, tuple[str, Sequence[str]]]] = {  # framework -> its server, and what that says of a training
-    "ms-swift": ("swift rollout", ("multi_turn_scheduler", "use_gym_env", "gym_env")),
+SERVERS: Final[Mapping[str, tuple[str, Sequence[str]]]] = {  # framework -> its server, and its keys of a training
+    "ms-swift": (
+        r"(swift|megatron) rollout|.*swift[/.]cli[/.]rollout(\.py)?",
+        ("multi_turn_scheduler", "use_gym_env", "gym_env"),
+    ),
 }
 UNREAD: Final = {
     "openrlhf": "a run of OpenRLHF, which is not read yet",
@@ -205,7 +208,7 @@ def _of_shell(path: Path, text: str, framework: str | None, environment: Mapping
         script.warnings.append(f"line {line} trains {len(same)} times; the first is read")
     source = _of_launch(path, name, same[0], script, dict(PIN.findall(text)), environment)
     server, keys = SERVERS.get(name, ("", ()))
-    served = [options(one.arguments)[0] for one in launches if one.program == server]
+    served = [options(one.arguments)[0] for one in launches if re.fullmatch(server, one.program)]
     said = {key: given[key] for given in served for key in keys if key in given}
     return replace(source, settings={**said, **source.settings})
 

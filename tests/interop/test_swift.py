@@ -375,7 +375,8 @@ def test_json_is_read_like_yaml(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("key", ("multi_turn_scheduler", "use_gym_env", "gym_env"))
-def test_what_the_servers_command_asks_for_is_refused(tmp_path, key) -> None:
-    (tmp_path / "run.sh").write_text(f"swift rollout --model org/Model --{key} true --max_turns 6 &\n{command()}")
+@pytest.mark.parametrize("server", ("swift rollout", "python -m swift.cli.rollout", "python swift/cli/rollout.py"))
+def test_what_the_servers_command_asks_for_is_refused(tmp_path, key, server) -> None:
+    (tmp_path / "run.sh").write_text(f"{server} --model org/Model --{key} true --max_turns 6 &\n{command()}")
     with pytest.raises(ConfigError, match=rf"run.sh, line 1: {key}: (rollouts of several turns|rewards of an env)"):
         import_file(tmp_path / "run.sh").finished()

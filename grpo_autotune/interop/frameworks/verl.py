@@ -130,7 +130,7 @@ def translate(source: Source, version: str | None = None, world_size: int | None
     older = (key for key in OLD_SCHEDULES if t.value(key) is not None and not t.given(KEYS.schedule))
     least = next(filter(t.value, LEAST_RATES), KEYS.least_rate)
     shared.schedule(t, KEYS._replace(schedule=next(older, KEYS.schedule), least_rate=least))
-    unused(t, [*LEAST_RATES, KEYS.least_rate], "0, or another key of the same holds")
+    unused(t, [*LEAST_RATES, KEYS.least_rate], f"{least} holds" if t.value(least) else "0 is no floor")
     is_megatron = t.value(f"{ACTOR}strategy") == "megatron" or shared.below(t, f"{ACTOR}megatron.")
     is_old = on(t.value(LEGACY)) and not is_megatron
     clip, other = CLIPS if is_old else CLIPS[::-1]
