@@ -19,6 +19,7 @@ from grpo_autotune.train.data.templates import fit_prompts
 from grpo_autotune.train.models.load import load_processor
 from grpo_autotune.train.models.random_init import CHAT_TEMPLATE, build_tokenizer
 from grpo_autotune.train.trainer import build_trainer
+from grpo_autotune.trained.prompts import inputs_of, prompt_of
 from tests.support.training import picture_config, text_config
 
 Turn = dict[str, Any]
@@ -324,3 +325,16 @@ def test_a_begun_answer_is_closed_by_trl(tiny: Callable[[str], Path], tmp_path: 
     (ids,), _, _ = trainer._tokenize_prompts([[ASKED, ANSWERED]])
     assert trainer.processing_class.decode(ids).endswith("7<|im_end|>\n<|im_start|>assistant\n")
     assert sum("which TRL closes" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("prompt", ["Which?", [SYSTEM, ASKED], [SYSTEM, PICTURED], [ASKED, ANSWERED, ASKED]])
+def test_a_prompt_has_the_trainers_tokens_in_data_infer_and_merge(
+    prompt: Any, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pictured = isinstance(prompt, list) and PICTURED in prompt
+    kind, made, pictures = ("qwen3_vl", picture_config, 1) if pictured else ("qwen3", text_config, None)
+    rows = load(lines(tmp_path, [prompt] * 2, pictures))
+    trainer = build_trainer(made(tiny(kind), tmp_path), say=lambda line: None, load=lambda config, say: (rows, None))
+    read = prompt_of(trainer.train_dataset[0], trainer.processing_class)
+    (ids,), _, _ = trainer._tokenize_prompts([read])
+    assert inputs_of(read, trainer.processing_class, {})["input_ids"][0].tolist() == list(ids)
