@@ -60,6 +60,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.demo_text
 	$(BIN)/python -m benchmarks.branches
+	$(BIN)/python -m benchmarks.monitors record
 	$(BIN)/python -m benchmarks.speedups
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m --cases 768px 448px --checkpointing on
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_text --cases text --checkpointing on
@@ -78,7 +79,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.search_replay
 	$(BIN)/python -m benchmarks.search_live
-	$(BIN)/python -m benchmarks.search_real runs/search_real_busy --busy --name search_real_busy
+	$(BIN)/python -m benchmarks.search_workers runs/search_workers 5
 	$(BIN)/python -m benchmarks.habits
 	$(BIN)/python -m benchmarks.oom_share
 
@@ -91,7 +92,7 @@ bench-vllm: .venv-vllm/.installed ## measure what the vLLM page claims, on vLLM'
 
 exact: .venv/.installed .venv-scale/.installed ## hold every speed-up against plain TRL, the whole matrix; the JSON goes to docs/benchmarks
 	$(BIN)/python -m benchmarks.exact --skip sharded
-	PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m benchmarks.exact --skip batches windows runs branches ranks decoding lora_input bf16 --merge
+	PYTHONPATH=$(CURDIR)/tests/env $(SCALE_BIN)/python -m benchmarks.exact --only sharded --merge
 
 test-vllm: .venv-vllm/.installed ## run the tests that need vLLM, in their own environment (vLLM's CPU build)
 	PYTHONPATH=$(CURDIR)/tests/env $(VLLM_BIN)/python -m pytest tests_vllm -m "not long"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.exact [--architectures qwen3_vl ...] [--losses dapo ...] [--speedups auto shared_prefix=split]
                                [--steps 50] [--skip batches windows runs branches ranks decoding lora_input sharded
-                               bf16] [--merge]
+                               bf16] [--only sharded] [--merge]
 
 *Batches*: one generation batch is scored and trained on by both, for every architecture, LoRA and full weights,
 gradient checkpointing on and off, every `loss_type`, with and without a reference; differences are relative to the
@@ -363,11 +363,13 @@ def main() -> int:
     parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix", "shared_prefix=split"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), help="skip all others")
     parser.add_argument("--shardings", nargs="+", choices=list(SHARDINGS), default=["zero2", "zero3", "fsdp2"])
     cases = [name for name, case in CASES.items() if "names" not in case]
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
     parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")
     options = parser.parse_args()
+    options.skip += [name for name in parts if name not in options.only]
     command = f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}"
     rows: list[dict[str, Any]] = []
     if options.merge:
