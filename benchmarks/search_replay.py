@@ -82,6 +82,8 @@ class Sweep:
 class Replay:
     """Trials that repeat what the sweep measured."""
 
+    has_pair = False
+
     def __init__(self, sweep: Sweep, seed: int, folder: Path) -> None:
         self.sweep, self.folder = sweep, folder
         self.random = np.random.default_rng(seed)

@@ -4,9 +4,8 @@
 
 Each of so many searches, with a seed of its own, runs twice: by one worker on one core, and by two workers on a core
 each, all processes of one thread. Counted are the trials that workers share, by the times at which files were written:
-over the time until the last of them less one worker's start and probe, so that what the start of two delays the search
-counts; over all that time; and without each worker's first trial. `FOLDER` keeps the searches: one that is there is not
-run again.
+over the time from the search's begin to the last of them; from the end of its probe; and without each worker's first
+trial. `FOLDER` keeps the searches: one that is there is not run again.
 """
 
 from __future__ import annotations
@@ -42,9 +41,6 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/search_workers")
     count = int(sys.argv[2]) if len(sys.argv) > 2 else SEARCHES
     rows = [_searched(folder, seed, way) for seed in range(count) for way in WAYS]
-    for one, two in zip(rows[::2], rows[1::2], strict=True):
-        for row in (one, two):
-            row["trials_per_minute"] = row["trials"] / (row["minutes"] - one["probe_minutes"])
     by = {(row["seed"], row["way"]): row for row in rows}
     pairs = [(by[seed, "one worker"], by[seed, "two workers"]) for seed in range(count)]
 
@@ -54,7 +50,7 @@ def main() -> None:
     same = [one["winner"] == two["winner"] for one, two in pairs]
     ratios = {
         "trials per minute of two workers over one": over("trials_per_minute"),
-        "trials per minute of two workers over one, with the probe": over("whole_trials_per_minute"),
+        "trials per minute of two workers over one, with start and probe": over("whole_trials_per_minute"),
         "trials per minute of two workers over one, once they have begun": over("begun_trials_per_minute"),
         "same winner": {"median": sum(same) / count, "low": min(same), "high": max(same), "n": count},
     }
@@ -84,7 +80,7 @@ def _searched(folder: Path, seed: int, way: str) -> dict[str, Any]:
     later_begun = min(_time(place.trial(row.number) / "spec.json") for row in later)
     return {
         "seed": seed, "way": way, "trials": len(trials), "minutes": (ended - begun) / 60.0,
-        "probe_minutes": (probed - begun) / 60.0,
+        "trials_per_minute": 60.0 * len(trials) / (ended - probed),
         "whole_trials_per_minute": 60.0 * len(trials) / (ended - begun),
         "begun_trials_per_minute": 60.0 * len(later) / (ended - later_begun),
         "winner": report.best.changed,
