@@ -81,15 +81,19 @@ class ModelError(Frozen):
     n: int
 
 
+Figures = tuple[float, float, float, int]
+
+
 class RaceRow(Frozen):
-    """What a race has shown so far, a line of `races.jsonl`: medians with their interval's ends and the rounds they
-    rest on."""
+    """A race as far as it went, a line of `races.jsonl`: medians with their interval's ends and the rounds they rest
+    on, or the reason why the rival may not win."""
 
     before: dict[str, Any]  # knobs of the one that the rival is compared with
     rival: dict[str, Any]
-    speedup: tuple[float, float, float, int]  # score of the rival over the other's
-    step: tuple[float, float, float, int]  # the rival's seconds per step
-    before_step: tuple[float, float, float, int]  # the other's
+    speedup: Figures = (1.0, 0.0, 0.0, 0)  # score of the rival over the other's
+    step: Figures = (0.0, 0.0, 0.0, 0)  # the rival's seconds per step
+    before_step: Figures = (0.0, 0.0, 0.0, 0)  # the other's
+    fails: str | None = None
 
 
 class Skipped(Frozen):

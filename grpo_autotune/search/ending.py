@@ -11,7 +11,7 @@ from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.search.ablation import SMALL, contribution, measure_ablations, simpler, taken_back
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.final_race import FIRST_ROUNDS, compare, race, race_s
+from grpo_autotune.search.final_race import FIRST_ROUNDS, compare, is_over, race, race_s
 from grpo_autotune.search.guard_trials import judge_group, run_worst_case, worst_case_s
 from grpo_autotune.search.leaderboard import TIE, Entry, Level
 from grpo_autotune.search.study import name_of
@@ -25,7 +25,8 @@ RIVALS = 6
 
 def end_s(evaluator: Evaluator, entry: Entry) -> float:
     """Expected seconds of an entry's worst case and race, with what they may take longer."""
-    return SURE * (race_s(evaluator, entry, FIRST_ROUNDS) + worst_case_s(evaluator, entry))
+    alone = entry.worst_case == "not run"
+    return SURE * (race_s(evaluator, entry, FIRST_ROUNDS, alone=alone) + worst_case_s(evaluator, entry))
 
 
 class Ending:
@@ -33,8 +34,7 @@ class Ending:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator, self._board, self._budget = evaluator, evaluator.board, evaluator.budget
-        raced = (entry for entry in self._board.entries.values() if entry.race is not None)  # by an earlier process
-        self._tested = {name_of(entry.knobs) for entry in raced}
+        self._tested = {name for name, entry in self._board.entries.items() if _held(entry)}  # by an earlier process
 
     def judge_groups(self) -> None:
         """Judge the group sizes that `tuned.yaml` waits for, with the time that the race does not need."""
@@ -64,7 +64,7 @@ class Ending:
         """The entry to test next; None where the leader has held, or has had all the time there was."""
         board, leader = self._board, self._board.best(level)
         rivals = [e for e in board.ranking(level) if e is not board.baseline and board.speedup(e).value > 1.0]
-        if leader.race is not None:
+        if leader.race is not None and name_of(leader.knobs) in self._tested:
             fresh = (entry for entry in rivals if name_of(entry.knobs) not in self._tested)
             return next((entry for entry in fresh if self._challenges(entry, leader)), None)
         for number, rival in enumerate(rivals[:FINALISTS]):
@@ -125,9 +125,10 @@ class Ending:
         evaluator, left_s = self._evaluator, self._budget.left_s
         self._tested.add(name_of(entry.knobs))
         if entry.worst_case == "not run":
-            entry = run_worst_case(evaluator, entry, max(left_s / 2, left_s - race_s(evaluator, entry)))
-        if entry.fails is None:
+            entry = run_worst_case(evaluator, entry, max(left_s / 2, left_s - race_s(evaluator, entry, alone=True)))
+        if entry.fails is None and (entry.race is None or not is_over(entry.race.speedup)):
             entry = race(evaluator, entry, self._budget.left_s)
+        if entry.fails is None:
             judge_group(evaluator, entry, self._budget.left_s)
 
     def _alone(self, entry: Entry) -> Entry:
@@ -136,3 +137,9 @@ class Ending:
     def _room_s(self, entry: Entry) -> float:
         """Seconds that an entry's worst case and race do not need."""
         return self._budget.left_s - end_s(self._evaluator, entry)
+
+
+def _held(entry: Entry) -> bool:
+    """True of an entry, measured alone, whose worst case and race need not be run again."""
+    tested = entry.place is None and entry.worst_case == "passed"
+    return tested and entry.race is not None and is_over(entry.race.speedup)

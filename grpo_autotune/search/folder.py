@@ -65,10 +65,10 @@ class SearchFolder:
 
     def keep_race(self, row: RaceRow) -> None:
         with self.races_file.open("a", encoding="utf-8") as file:
-            file.write(f"{row.model_dump_json()}\n")
+            file.write(f"\n{row.model_dump_json()}")  # behind a line that a kill or a full disk left half written
 
     def races(self) -> list[RaceRow]:
-        """What races had shown, the newest last; a line that a kill left half written says nothing."""
+        """Races of an earlier start, the newest last; a line that was left half written says nothing."""
         rows = []
         for line in self.races_file.read_text(encoding="utf-8").splitlines() if self.races_file.exists() else ():
             with suppress(ValidationError):

@@ -18,6 +18,7 @@ from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Pool
 from grpo_autotune.search.budget import END_SHARE, Budget
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
+from grpo_autotune.search.final_race import is_told
 from grpo_autotune.search.folder import fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials
 from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
@@ -104,9 +105,13 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
     for row in evaluator.log.task.folder.races():
         before, rival = board.entry(row.before), board.entry(row.rival)
         speedup, step, before_step = (Interval(*figures) for figures in (row.speedup, row.step, row.before_step))
-        if rival is not None and row.before == board.baseline_knobs:
+        if before is None or rival is None:
+            continue
+        if row.fails is not None:
+            board.update(rival, fails=row.fails, race=None)
+        elif before is board.baseline:
             board.update(rival, race=RaceResult(speedup, step, before_step))
-        elif before is not None and rival is not None:
+        elif is_told(speedup):
             board.note_pair(before, rival, speedup)
 
 

@@ -120,7 +120,7 @@ class TrialLog:
         self._show(self.progress(spec))
         for runner in runners:
             runner.prepare()
-        end_s = self.budget.elapsed_s + HANG_S
+        end_s = self.budget.elapsed_s + min(HANG_S, self.budget.left_s)
         while sum(runner.is_loading for runner in runners) and self.budget.elapsed_s < end_s:
             self._wait(LOOK_S)
 

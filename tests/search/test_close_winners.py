@@ -13,7 +13,7 @@ from grpo_autotune.hardware.places import Place
 from grpo_autotune.predict.objective import Interval, median_interval
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
-from grpo_autotune.search.final_race import CLOSE_ROUNDS, MOST_CLOSE_ROUNDS, confidence_of
+from grpo_autotune.search.final_race import CLOSE_ROUNDS, FIRST_ROUNDS, MOST_CLOSE_ROUNDS, confidence_of, fewest_rounds
 from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
 from grpo_autotune.search.session import search
 from tests.support.paper_machine import GIB, MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
@@ -128,3 +128,12 @@ def test_what_a_race_beats_does_not_win_by_a_third_that_is_as_good_as_both() -> 
     assert board.best("exact") is middle
     board.note_pair(middle, large, Interval(1.06, 0.94, 1.1, 10))
     assert board.best("exact") is large, "of as many changes the one that seems better, nearer or not"
+
+
+@pytest.mark.parametrize("rounds", range(FIRST_ROUNDS, CLOSE_ROUNDS + 1))
+def test_fewer_rounds_than_a_verdict_needs_do_not_speak(rounds: int) -> None:
+    """An interval of a median of few ends at the least and the most of them: all on one side would be a verdict."""
+    confidence = confidence_of(0.95, rounds)
+    fewest = fewest_rounds(confidence)
+    assert 2.0 * 0.5**fewest <= 1.0 - confidence < 2.0 * 0.5 ** (fewest - 1)
+    assert median_interval([1.05, 1.06, 1.07, 1.08, 1.09], confidence)[1:3] == (1.05, 1.09)

@@ -142,6 +142,41 @@ def test_what_was_raced_before_a_kill_is_not_raced_again(tmp_path: Path) -> None
     assert not any(spec.source == "race" for spec in paper.trials.specs)
 
 
+def test_a_race_that_was_not_over_at_a_kill_is_run_again(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, lengths=[[3, 4]])
+    before, folder = paper.search(), SearchFolder(tmp_path)
+    assert before.best.ci[0] > 1.0
+    rows = [row.model_copy(update={"speedup": (1.1, 0.99, 1.3, 5)}) for row in folder.races()]
+    folder.races_file.unlink()
+    for row in rows:
+        folder.keep_race(row)
+    paper.trials = PaperTrials(tmp_path)
+    report = paper.search(600.0, resume=True)
+    assert report.best.raced and report.best.ci[0] > 1.0
+    assert any(spec.source == "race" for spec in paper.trials.specs)
+
+
+def test_a_worst_case_that_did_not_fit_is_run_with_a_larger_budget(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, lengths=[[3, 4]])
+    before = paper.search()
+    number = next(row.number for row in before.trials if row.purpose == "worst_case")
+    file = next((tmp_path / "trials").glob(f"*{number}")) / "outcome.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "timeout"}))
+    paper.trials = PaperTrials(tmp_path)
+    report = paper.search(600.0, resume=True)
+    assert report.best.knobs == before.best.knobs and report.best.worst_case == "passed"
+    assert any(spec.purpose == "worst_case" for spec in paper.trials.specs)
+    assert not any(spec.source == "race" and spec.knobs == before.best.knobs for spec in paper.trials.specs)
+
+
+def test_what_failed_in_a_race_before_a_kill_does_not_win_after_it(tmp_path: Path) -> None:
+    paper = Paper(tmp_path, lengths=[[3, 4]])
+    before, folder = paper.search(), SearchFolder(tmp_path)
+    folder.keep_race(folder.races()[-1].model_copy(update={"rival": before.best.knobs, "fails": "failed in the race"}))
+    paper.trials = PaperTrials(tmp_path)
+    assert paper.search(600.0, resume=True).best.knobs != before.best.knobs
+
+
 @pytest.mark.parametrize(
     ("ranks", "steps", "probe"), [(1, 3, (6, 3, 15.0)), (1, 10, (10, 10, 15.0)), (2, 3, (4, None, None))]
 )
