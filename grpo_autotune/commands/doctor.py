@@ -76,4 +76,4 @@ def preflight(config: RunConfig, overrides: Mapping[str, Any]) -> None:
     if run.threads is not None:
         os.environ[THREADS] = str(run.threads)
         if (torch := sys.modules.get("torch")) is not None:
-            torch.set_num_threads(run.threads)
+            torch.set_num_threads(min(run.threads, torch.get_num_threads()))
