@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -94,8 +96,49 @@ class Added(Gated):
 class Clipped(Gated):
     def forward(self, x):
         x = x.clamp(max=1.0)
-        x = x + 1
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Scaled(Gated):
+    def forward(self, x):
+        hidden = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return hidden * 2
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return x + self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def doubled(forward):
+    return functools.wraps(forward)(lambda self, x: forward(self, x) * 2)
+
+
+class Decorated(Gated):
+    @doubled
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Wrapped(Gated):
+    forward = doubled(Gated.forward)
+
+
+class Named(Gated):
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        result = self.down_proj(self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state))
+        return result  # noqa: RET504
+
+
+class Builtin(Gated):
+    forward = len
+
+
+class SiLU(nn.Module):
+    """Another one of this name."""
+
+    def forward(self, x):
+        return x * x
 
 
 def test_other_formulas_are_left_alone():
@@ -104,8 +147,11 @@ def test_other_formulas_are_left_alone():
 
     patched_one = Gated(nn.SiLU())
     patched_one.forward = lambda x: x
-    assert served(Gated(nn.SiLU())) == 1
-    assert [served(one) for one in (Added(nn.SiLU()), Clipped(nn.SiLU()), Gated(nn.Softplus()), patched_one)] == [0] * 4
+    assert served(Gated(nn.SiLU())) == served(Named(nn.SiLU())) == 1
+    for kind in (Added, Clipped, Scaled, Residual, Decorated, Wrapped, Builtin):
+        assert served(kind(nn.SiLU())) == 0, kind
+    for other in (Gated(nn.Softplus()), Gated(SiLU()), Gated(nn.SiLU(inplace=True)), patched_one):
+        assert served(other) == 0, other
 
 
 def test_nothing_is_left_behind(tiny, tmp_path, text_rows):

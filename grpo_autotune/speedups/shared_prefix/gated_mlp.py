@@ -5,8 +5,6 @@ the activation and the product are computed again when the backward pass asks fo
 same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, they are left to them.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,11 +12,31 @@ import torch
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
-from grpo_autotune.speedups.conditions import replaced
 
-FORMULA = re.compile(r"self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\1\)\)\n")
-ACTIVATIONS = {"SiLU", "SiLUActivation", "GELUActivation", "GELUTanh", "ReLU"}
-"""Those of one kernel, which autocast leaves alone."""
+ACTIVATIONS = {
+    "torch.nn.modules.activation": {"SiLU", "ReLU"},
+    "transformers.activations": {"SiLUActivation", "GELUActivation", "GELUTanh"},
+}
+"""Those of one kernel, which autocast leaves alone, by their modules."""
+
+
+def _returned(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _named(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504
+
+
+def _code(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
+    """All that a function does, whatever its variables are called; None of one that is not Python's."""
+    code = getattr(function, "__code__", None)
+    return code and (code.co_code, code.co_names)
+
+
+FORMS = {_code(_returned), _code(_named)}
+"""The two ways in which transformers writes the formula."""
 
 
 def wrap_gated(model: nn.Module, is_on: Callable[[], bool]) -> Iterator[Handle]:
@@ -29,14 +47,10 @@ def wrap_gated(model: nn.Module, is_on: Callable[[], bool]) -> Iterator[Handle]:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    untouched = "forward" not in vars(module) and replaced(module, "forward") is None
-    if not untouched or type(module.act_fn).__name__ not in ACTIVATIONS:
+    act = module.act_fn
+    if type(act).__name__ not in ACTIVATIONS.get(type(act).__module__, ()) or getattr(act, "inplace", False):
         return False
-    try:
-        source = inspect.getsource(type(module).forward)
-    except OSError:  # compiled, without its source
-        return False
-    return len(source.splitlines()) <= 3 and FORMULA.search(source) is not None
+    return "forward" not in vars(module) and _code(type(module).forward) in FORMS
 
 
 def _layer(mlp: Any, is_on: Callable[[], bool]) -> Callable[..., torch.Tensor]:
