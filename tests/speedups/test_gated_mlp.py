@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -150,8 +151,20 @@ def test_other_formulas_are_left_alone():
     assert served(Gated(nn.SiLU())) == served(Named(nn.SiLU())) == 1
     for kind in (Added, Clipped, Scaled, Residual, Decorated, Wrapped, Builtin):
         assert served(kind(nn.SiLU())) == 0, kind
-    for other in (Gated(nn.Softplus()), Gated(SiLU()), Gated(nn.SiLU(inplace=True)), patched_one):
+    for other in (Gated(nn.Softplus()), Gated(nn.ReLU()), Gated(SiLU()), Gated(nn.SiLU(inplace=True)), patched_one):
         assert served(other) == 0, other
+
+
+def test_a_graph_that_nobody_holds_is_freed_at_once():
+    """Also where an operation within keeps its own result."""
+    mlp = Gated(nn.SiLU())
+    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Sigmoid(), nn.Linear(4, 4))
+    (handle,) = gated_mlp.wrap_gated(mlp, lambda: True)
+    results = []
+    mlp.down_proj[1].register_forward_hook(lambda module, inputs, result: results.append(weakref.ref(result)))
+    mlp(torch.ones(2, 4))
+    assert len(results) == 1 and results[0]() is None
+    handle.remove()
 
 
 def test_nothing_is_left_behind(tiny, tmp_path, text_rows):

@@ -14,10 +14,10 @@ from torch import nn
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
 
 ACTIVATIONS = {
-    "torch.nn.modules.activation": {"SiLU", "ReLU"},
+    "torch.nn.modules.activation": {"SiLU"},
     "transformers.activations": {"SiLUActivation", "GELUActivation", "GELUTanh"},
 }
-"""Those of one kernel, which autocast leaves alone, by their modules."""
+"""Those of one kernel, which autocast leaves alone and which keeps its input, not its result; by their modules."""
 
 
 def _returned(self: Any, x: Any) -> Any:
@@ -89,8 +89,8 @@ class _Kept:
 
     def pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Again":
         place = tensor.untyped_storage().data_ptr()
-        if place not in self._places:
-            return tensor
+        if place not in self._places:  # of ZeRO 3 a view of a weight would hold what was gathered
+            return tensor if tensor.is_leaf else tensor.detach()  # itself it would be kept by what made it
         view = tensor.shape, tensor.stride(), int(tensor.storage_offset())
         return _Again(self, self._places.index(place) == 1, view)
 
