@@ -155,6 +155,28 @@ def test_other_formulas_are_left_alone():
         assert served(other) == 0, other
 
 
+SEEN = {
+    "a hook": lambda act, see: act.register_forward_hook(lambda *given: see()),
+    "a hook before it": lambda act, see: act.register_forward_pre_hook(lambda *given: see()),
+    "a hook of its gradient": lambda act, see: act.register_full_backward_hook(lambda *given: see()),
+    "a forward of its own": lambda act, see: setattr(act, "forward", lambda x: (nn.functional.silu(x), see())[0]),
+    "a hook of all modules": lambda act, see: nn.modules.module.register_module_forward_hook(
+        lambda module, *given: see() if module is act else None
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_an_activation_that_somebody_sees_runs_as_often_as_without(how):
+    mlp, calls = Gated(nn.SiLU()), []
+    (layer,) = gated_mlp.wrap_gated(mlp, lambda: True)
+    handle = SEEN[how](mlp.act_fn, lambda: calls.append(how))
+    mlp(torch.ones(2, 4)).sum().backward()
+    assert calls == [how]
+    for one in filter(None, (handle, layer)):
+        one.remove()
+
+
 def test_a_graph_that_nobody_holds_is_freed_at_once():
     """Also where an operation within keeps its own result."""
     mlp = Gated(nn.SiLU())

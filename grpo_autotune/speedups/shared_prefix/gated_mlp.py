@@ -2,7 +2,8 @@
 
 Of `down(act(gate(x)) * up(x))` a training pass keeps the gate, its activation, the up projection and the product. Here
 the activation and the product are computed again when the backward pass asks for them, by the same two kernels on the
-same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, they are left to them.
+same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, or see the activation, all is
+left to them.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
+from grpo_autotune.speedups.conditions import HOOKS, replaced
 
 ACTIVATIONS = {
     "torch.nn.modules.activation": {"SiLU"},
@@ -50,16 +52,21 @@ def _is_gated(module: nn.Module) -> bool:
     act = module.act_fn
     if type(act).__name__ not in ACTIVATIONS.get(type(act).__module__, ()) or getattr(act, "inplace", False):
         return False
-    return "forward" not in vars(module) and _code(type(module).forward) in FORMS
+    return replaced(act, "forward") is None and "forward" not in vars(module) and _code(type(module).forward) in FORMS
+
+
+def _is_seen(act: nn.Module) -> bool:
+    """True where somebody counts the calls of an activation, or makes them: here they are more."""
+    return "forward" in vars(act) or any(vars(act).get(kind) for kind in HOOKS)
 
 
 def _layer(mlp: Any, is_on: Callable[[], bool]) -> Callable[..., torch.Tensor]:
     def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        hooked = _is_seen(mlp.act_fn) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if kwargs or len(args) != 1 or hooked or not (torch.is_grad_enabled() and is_on()):
             return call_next(*args, **kwargs)
         gate, up = mlp.gate_proj(*args), mlp.up_proj(*args)
-        kept = _Kept(mlp.act_fn, gate.detach(), up.detach())
+        kept = _Kept(mlp.act_fn.forward, gate.detach(), up.detach())
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, _unpack):
             activated = kept.recognize(mlp.act_fn(gate))
             return mlp.down_proj(kept.recognize(activated * up))
