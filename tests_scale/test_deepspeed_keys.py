@@ -51,20 +51,40 @@ def test_keys_that_contradict_are_one_line(keys: dict[str, Any], told: str, tmp_
     assert str(caught.value).startswith("grpo.deepspeed.") and told in str(caught.value)
 
 
-def test_an_optimizer_in_whose_place_offload_puts_adam_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["sgd", "adagrad", "lion_32bit"])
+def test_an_optimizer_in_whose_place_offload_puts_another_is_refused(tmp_path: Path, optim: str) -> None:
     offloaded = {"name": "zero2", "offload": "cpu"}
-    with pytest.raises(ConfigError, match=r"^grpo\.optim: DeepSpeed would put its Adam in the place of sgd"):
-        check_host_optimizer(arguments(tmp_path, "sgd", **offloaded))
+    with pytest.raises(
+        ConfigError, match=r"^grpo\.optim: accelerate would put an optimizer of DeepSpeed's in the place of"
+    ):
+        check_host_optimizer(arguments(tmp_path, optim, **offloaded))
     check_host_optimizer(arguments(tmp_path, "sgd", **offloaded, zero_force_ds_cpu_optimizer=False))
     check_host_optimizer(arguments(tmp_path, "sgd", name="zero2"))
+    check_host_optimizer(arguments(tmp_path, "sgd", **offloaded, optimizer={"type": "AdamW", "params": TORCHS}))
 
 
-def test_an_adam_for_the_host_that_cannot_be_compiled_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+TORCHS = {"torch_adam": True}
+
+
+@pytest.mark.parametrize(
+    ("optim", "optimizer", "told"),
+    [
+        ("adamw_torch", None, "Adam"),
+        ("sgd", {"type": "AdamW"}, "Adam"),
+        ("sgd", {"type": "Lion"}, "Lion"),
+        ("sgd", {"type": "Muon"}, "Adam"),
+        ("sgd", {"type": "Adagrad", "params": {}}, "Adagrad"),
+    ],
+)
+def test_an_optimizer_for_the_host_that_cannot_be_compiled_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str, optimizer: dict[str, Any] | None, told: str
 ) -> None:
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EnvironmentProblem, match="DeepSpeed's Adam for the host cannot be compiled here: ") as caught:
-        check_host_optimizer(arguments(tmp_path, name="zero2", offload="cpu"))
+    keys = {"optimizer": optimizer} if optimizer else {}
+    with pytest.raises(
+        EnvironmentProblem, match=f"DeepSpeed's {told} for the host cannot be compiled here: "
+    ) as caught:
+        check_host_optimizer(arguments(tmp_path, optim, name="zero2", offload="cpu", **keys))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

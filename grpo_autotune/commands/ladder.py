@@ -31,11 +31,11 @@ from grpo_autotune.processes.fresh import start_anew
 from grpo_autotune.records.alerts import ALERTS_FILE, LADDER_FILE, Rung, load_rungs
 from grpo_autotune.rollout.failures import engine_failure, frames
 from grpo_autotune.runs.checkpoints import link
+from grpo_autotune.runs.folder import RunFolder
 from grpo_autotune.trials.child.memory import available_bytes, in_use, most_bytes
 from grpo_autotune.trials.endings import ending_of_error
 from grpo_autotune.units import size
 
-CHECKPOINTS = "checkpoints"
 LONGEST_WHY = 120
 
 OTHERWISE: dict[Stage | None, str] = {
@@ -122,10 +122,10 @@ class Ladder:
         """Keep a rung before anything else happens: a process killed from here on is resumed at it."""
         complain(f"warning: {rung.line()}", everywhere=True)
         self._folder.mkdir(parents=True, exist_ok=True)
-        saved = self._folder / CHECKPOINTS
-        if RANK in rung.knobs and saved.exists():
-            names = (f"{CHECKPOINTS}-before-rung-{number}" for number in count(len(self._rungs) + 1))
-            saved.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
+        folder = RunFolder(self._folder)
+        if RANK in rung.knobs and folder.checkpoints.exists():
+            places = (folder.before_rung(number) for number in count(len(self._rungs) + 1))
+            folder.checkpoints.rename(next(place for place in places if not place.exists()))
             for name in ("best", "last"):
                 link(self._folder / name, None)
         lines = (f"{one.model_dump_json()}\n" for one in (*self._rungs, rung))

@@ -15,6 +15,7 @@ from typing import Any
 from grpo_autotune.commands.imports import mend_torchvision, set_environment
 from grpo_autotune.config.schema import RunConfig, override
 from grpo_autotune.config.sections.vllm import VllmSection, vllm_section
+from grpo_autotune.config.sources import SUFFIXES, profile_names
 from grpo_autotune.console import Heartbeat, say, show, warn
 from grpo_autotune.errors import ConfigError
 from grpo_autotune.hardware import detect
@@ -23,6 +24,7 @@ from grpo_autotune.processes.ending import Stopped, raising
 from grpo_autotune.rollout.server.command import Serving, split_gpus
 from grpo_autotune.rollout.server.own import LOG
 from grpo_autotune.rollout.server.process import LOOK_S, VllmServer, need_vllm, serving_at
+from grpo_autotune.runs.folder import RunFolder
 from grpo_autotune.trained.agreement import check_answer
 from grpo_autotune.trained.serving import served_name, served_weights, serving_trained
 from grpo_autotune.trained.source import base_section, find_whole
@@ -41,10 +43,13 @@ def numbers(text: str | None) -> list[int]:
 
 
 def is_trained(place: str | None) -> bool:
-    """True for a folder, or a name in a run folder that may be a checkpoint's; anything else is a configuration."""
+    """True for a folder, or a name in a run folder that may be a checkpoint's; anything else is a configuration: a
+    file, the name of one, and a shipped profile."""
     path = Path(place or "").expanduser()
-    in_run = not path.exists() and any(beside.is_dir() for beside in path.parent.glob("checkpoints*"))
-    return place is not None and (path.is_dir() or in_run)
+    if place is None or path.exists() or path.suffix in SUFFIXES or place in profile_names():
+        return path.is_dir() and place is not None
+    runs = map(RunFolder, path.parents[:2])
+    return any(run.checkpoints.is_dir() or run.before_rungs() for run in runs)
 
 
 def serve_config(config: RunConfig, *, out_dir: Path, gpus: Sequence[int], dry_run: bool) -> int:

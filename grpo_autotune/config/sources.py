@@ -7,6 +7,7 @@ from grpo_autotune.files import is_file, is_folder
 
 DEFAULT_FILE = "grpo.yaml"
 DEFAULT_PROFILE = "demo"
+SUFFIXES = {".yaml", ".yml"}
 
 
 def profiles_folder() -> Path:
@@ -33,7 +34,7 @@ def resolve_source(source: str | Path | None) -> tuple[str, Path]:
         return str(source), path
     if is_folder(path) and path.name not in profile_names():
         raise ConfigError("this is a folder", where=str(source), fix="Name the YAML file in it.")
-    if path.suffix in {".yaml", ".yml"} or path.name != str(source):
+    if path.suffix in SUFFIXES or path.name != str(source):
         fix = "Give a path, or the name of a shipped profile."
         raise ConfigError("there is no such file", where=str(source), fix=fix)
     names = profile_names()

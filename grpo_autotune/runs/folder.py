@@ -13,16 +13,26 @@ from grpo_autotune.errors import ConfigError
 from grpo_autotune.files import write_whole
 from grpo_autotune.runs.checkpoints import WEIGHTS_ONLY, Checkpoint, set_aside, survey
 
+CHECKPOINTS = "checkpoints"
+
 
 class RunFolder:
     """The places inside one run's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.log = path / "train_log.jsonl"
         self.config = path / "config.yaml"
         self.model = path / "model"
+
+    def before_rung(self, number: int | str) -> Path:
+        """Checkpoints of before a rung of `on_oom: ladder` with which training began again."""
+        return self.path / f"{CHECKPOINTS}-before-rung-{number}"
+
+    def before_rungs(self) -> list[Path]:
+        """All that are there of `before_rung`."""
+        return sorted(self.path.glob(self.before_rung("*").name))
 
 
 @dataclass(frozen=True)

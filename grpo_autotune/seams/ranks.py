@@ -9,6 +9,8 @@ launchers set up for `torch.distributed` (torchrun's agent, or rank 0 itself).
 
 import itertools
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -17,10 +19,32 @@ from typing import Any
 from grpo_autotune.errors import TrainingError
 
 WAIT_S = 30.0
-"""Seconds that a rank whose pass ended by an error waits for the end of it on the others."""
+"""Seconds that a rank whose pass ended by an error waits for the end of it on the others, at least."""
+PASSES = 3.0
+"""And at least as many times what the longest pass took."""
 CONNECT_S = 120.0
 
-_passes = itertools.count()  # as many on all ranks
+
+class _Passes(threading.local):
+    """Numbers of passes, which are the same on all ranks: `3.0` is the first one within the fourth."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._levels = [("", itertools.count())]
+
+    @contextmanager
+    def numbered(self) -> Iterator[str]:
+        outer, numbers = self._levels[-1]
+        number, begin = f"{outer}{next(numbers)}", time.monotonic()
+        self._levels.append((f"{number}.", itertools.count()))
+        try:
+            yield number
+        finally:
+            self._levels.pop()
+            self.longest_s = max(self.longest_s, time.monotonic() - begin)
+
+
+_passes = _Passes()
 
 
 def sharded(trainer: Any) -> bool:
@@ -81,33 +105,37 @@ def passing(trainer: Any) -> Iterator[None]:
     """A pass that all ranks compute, and that an error ends on all of them or on none.
 
     One that not all share is a TrainingError, which ends the run, where others may wait in the middle of the pass: they
-    do not come to its end in `WAIT_S`, or hold parts of the weights. Memory that ran out stays an error of its own."""
+    do not come to its end in time (`WAIT_S`), or hold parts of the weights. Memory that ran out stays an error of its
+    own."""
     try:
-        yield
+        with _passes.numbered() as number:
+            yield
     except TrainingError:
         raise  # it ends the run
     except Exception as error:
-        _tell(trainer, error)
+        _tell(trainer, number, error)
         raise
-    _tell(trainer, None)
+    _tell(trainer, number, None)
 
 
-def _tell(trainer: Any, error: Exception | None) -> None:
-    """Tell the others how the pass ended here, and raise what holds for all."""
+def _tell(trainer: Any, number: str, error: Exception | None) -> None:
+    """Tell the others how a pass ended here, and raise what holds for all; nothing where no launcher set up a store."""
     from torch import OutOfMemoryError
-    from torch.distributed import DistStoreError
+    from torch.distributed import DistError
 
-    ranks, number = range(trainer.accelerator.num_processes), next(_passes)
-    if len(ranks) == 1:
+    ranks = range(trainer.accelerator.num_processes)
+    if len(ranks) == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
-    store, keys = store_of("passes"), [f"{number} {rank}" for rank in ranks]
     what = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    store.set(keys[trainer.accelerator.process_index], what)
-    if isinstance(error, OutOfMemoryError) and sharded(trainer):
-        return  # nobody goes on from it
-    with suppress(DistStoreError):
-        store.wait(keys, timedelta(seconds=WAIT_S if error else trainer.args.ddp_timeout))
-    ended = {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
+    try:
+        ended = _exchanged(trainer, number, what, isinstance(error, OutOfMemoryError))
+    except DistError as problem:
+        if error is not None:
+            return  # its own, which is raised, says more
+        told = f"ranks cannot tell each other how a pass ended: {' '.join(str(problem).split())[:200]}"
+        raise TrainingError(
+            told, where="MASTER_ADDR", fix="Another rank may have ended: see its messages."
+        ) from problem
     rank, what = next(((rank, what) for rank, what in ended.items() if what), (0, ""))
     if not what:
         return
@@ -118,6 +146,21 @@ def _tell(trainer: Any, error: Exception | None) -> None:
         raise TrainingError(alone, where="speedups", fix=fix) from error
     if error is None:
         raise (OutOfMemoryError if memory else RuntimeError)(f"rank {rank}: {what}")
+
+
+def _exchanged(trainer: Any, number: str, what: str, memory: bool) -> dict[int, str]:
+    """The error of each rank that came to the end of a pass, "" for none; nothing where memory ran out and ranks hold
+    parts of the weights: nobody goes on from it."""
+    from torch.distributed import DistStoreError
+
+    store, keys = store_of("passes"), [f"{number} {rank}" for rank in range(trainer.accelerator.num_processes)]
+    store.set(keys[trainer.accelerator.process_index], what)
+    if memory and sharded(trainer):
+        return {}
+    patience = max(WAIT_S, PASSES * _passes.longest_s) if what else trainer.args.ddp_timeout
+    with suppress(DistStoreError):
+        store.wait(keys, timedelta(seconds=patience))
+    return {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
 
 
 def store_of(name: str) -> Any:

@@ -142,11 +142,14 @@ def foreign_callback(trainer: Any) -> bool:
     return any(type(callback).__module__.partition(".")[0] not in LIBRARIES for callback in callbacks)
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Attributes of a module that hold its hooks."""
+
+
 def foreign_hook(model: nn.Module) -> str | None:
     """The first hook of code outside `LIBRARIES` on a module or a weight of the model, in words, or None."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     for module in model.modules():
-        hooks: list[tuple[Any, Any]] = [(module, vars(module).get(kind)) for kind in kinds]
+        hooks: list[tuple[Any, Any]] = [(module, vars(module).get(kind)) for kind in HOOKS]
         for weight in module._parameters.values():
             if weight is not None:
                 hooks += [(weight, weight._backward_hooks), (weight, weight._post_accumulate_grad_hooks)]

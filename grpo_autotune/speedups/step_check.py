@@ -136,7 +136,7 @@ class StepCheck(Installed):
         """Gradients of a window without some speed-ups, over their size when they were first tried, its loss, and what
         is drawn after it."""
         accelerator = self.trainer.accelerator
-        with passing(self.trainer):
+        with passing(self.trainer):  # nothing is changed, should another rank have no room for them
             gradients = Gradients(state.weights)
         fell_back = {one: one.fell_back for one in left_out}
         for one in left_out:
@@ -145,6 +145,7 @@ class StepCheck(Installed):
             self._merging.held = list(map(dict, window[:-1]))
         self._trying = True
         try:
+            gradients.start()
             with passing(self.trainer), torch.enable_grad(), accelerator.no_sync(model):
                 loss = loss_of(dict(window[-1]))
                 accelerator.backward(loss)
@@ -177,19 +178,22 @@ def _forget_pass(model: Any, error: Exception) -> None:
 
 
 class Gradients:
-    """Gradients of passes, taken off `weights` as they come; those that were there, and hooks, which may make steps or
-    wait for other ranks, are put back."""
+    """Gradients of passes; those that were there, and hooks, which may make steps or wait for other ranks, are put
+    back."""
 
     def __init__(self, weights: list[nn.Parameter]) -> None:
         self._weights = weights
         self._before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]
         self._taken: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
-        for weight in weights:  # memory may run out here, with nothing changed
+        for weight in weights:
             size = getattr(weight, "ds_numel", weight.numel())  # ZeRO 3 has emptied it
             sampled = len(range(0, size, _distance(size)))
             self._taken[id(weight)] = torch.zeros(sampled, device=weight.device)
-        for weight in weights:
+
+    def start(self) -> None:
+        """Take gradients off the weights as they come, until `put_back`."""
+        for weight in self._weights:
             weight.grad = weight._post_accumulate_grad_hooks = None  # type: ignore[assignment]
             self._handles.append(weight.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
 

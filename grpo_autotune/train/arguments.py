@@ -38,6 +38,15 @@ LAUNCHED = {
 """Variables of `accelerate launch`, as they were before a trainer of this process set its own."""
 
 FORCED = "zero_force_ds_cpu_optimizer"
+INSTEAD = f"grpo.deepspeed.{FORCED}: false, which keeps torch's own"
+BUILDERS = {
+    "adam": "CPUAdamBuilder",
+    "adamw": "CPUAdamBuilder",
+    "adagrad": "CPUAdagradBuilder",
+    "lion": "CPULionBuilder",
+    "muon": "CPUAdamBuilder",
+}
+"""DeepSpeed's optimizers for the host -> what compiles them, in `deepspeed.ops.op_builder`."""
 
 
 @dataclass(frozen=True)
@@ -202,31 +211,47 @@ def check_deepspeed(plugin: Any) -> None:
 
 
 def check_host_optimizer(grpo: GRPOConfig, plugin: Any = None) -> None:
-    """Have DeepSpeed's Adam for the host ready, which accelerate puts in the place of whatever optimizer is to stay in
-    its memory (`map_pytorch_optim_to_deepspeed`). `plugin` is accelerate's, where a launcher asked for DeepSpeed.
+    """Have DeepSpeed's optimizer for the host ready, where one is to stay in its memory. `plugin` is accelerate's,
+    where a launcher asked for DeepSpeed.
 
     Raises:
-        ConfigError: It would stand in for another optimizer than AdamW.
+        ConfigError: It would stand in for another one.
         EnvironmentProblem: It is not compiled, and cannot be here."""
     plugin = plugin or grpo.deepspeed_plugin
-    keys = {} if plugin is None else plugin.hf_ds_config.config
-    moved = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if moved.get("device", "none") == "none" or "optimizer" in keys or not keys.get(FORCED, True):
+    optimizer = None if plugin is None else _on_host(grpo, plugin.hf_ds_config.config)
+    if optimizer not in BUILDERS:
         return
-    instead = f"grpo.deepspeed.{FORCED}: false, which keeps torch's own"
-    if (name := getattr(grpo.optim, "value", grpo.optim)) not in ADAMW:
-        what = f"DeepSpeed would put its Adam in the place of {name}, since offload_optimizer is on"
-        raise ConfigError(what, where="grpo.optim", fix=f"Take {ADAMW[0]}, or {instead}.")
-    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops import op_builder
     from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException
 
+    name = BUILDERS[optimizer].removeprefix("CPU").removesuffix("Builder")
     try:
-        with Heartbeat(lambda: "DeepSpeed compiles its Adam for the host, once, minutes"):
-            CPUAdamBuilder().load()
+        with Heartbeat(lambda: f"DeepSpeed compiles its {name} for the host, once, minutes"):
+            getattr(op_builder, BUILDERS[optimizer])().load()
     except (RuntimeError, OSError, ImportError, CUDAMismatchException, MissingCUDAException) as error:
-        what = f"DeepSpeed's Adam for the host cannot be compiled here: {shortened(' '.join(str(error).split()), 150)}"
+        told = shortened(" ".join(str(error).split()), 150)
+        what = f"DeepSpeed's {name} for the host cannot be compiled here: {told}"
+        instead = f"offload_optimizer.device: none, or without an optimizer key {INSTEAD}"
         fix = f"Install a C++ compiler and ninja, or set {instead}."
         raise EnvironmentProblem(what, where="grpo.deepspeed.zero_optimization.offload_optimizer", fix=fix) from error
+
+
+def _on_host(grpo: GRPOConfig, keys: Mapping[str, Any]) -> str | None:
+    """DeepSpeed's own optimizer that keeps its state in the host's memory, small letters, None where torch's does or
+    none is: the one that `optimizer` names (`DeepSpeedEngine._configure_basic_optimizer`), else what accelerate puts in
+    the place of `grpo.optim` (`map_pytorch_optim_to_deepspeed`): ConfigError where that is no AdamW."""
+    moved = keys.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if moved.get("device", "none") == "none":
+        return None
+    if named := keys.get("optimizer"):
+        return None if (named.get("params") or {}).get("torch_adam") else str(named.get("type")).lower()
+    if not keys.get(FORCED, True):
+        return None
+    name = getattr(grpo.optim, "value", grpo.optim)
+    if name not in ADAMW:
+        what = f"accelerate would put an optimizer of DeepSpeed's in the place of {name}, since offload_optimizer is on"
+        raise ConfigError(what, where="grpo.optim", fix=f"Take {ADAMW[0]}, or {INSTEAD}.")
+    return "adamw"
 
 
 def _in_a_group() -> None:

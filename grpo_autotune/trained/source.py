@@ -57,7 +57,7 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
         if whole is None:
             raise ConfigError("the run has no whole checkpoint and no model", where=str(run), fix=_else(_kept(run)))
         return _described(whole.path, run, adapter)
-    choices = (place, folder.checkpoints / place.name)
+    choices = (place, folder.checkpoints / place.name) if place.absolute().parent == run.absolute() else (place,)
     path = next((choice for choice in choices if choice.is_dir()), None)
     if path is None:
         saved = [one.path for one in survey(folder.checkpoints)]
@@ -70,7 +70,7 @@ def find_trained(place: str | Path, *, adapter: str | None = None) -> Trained:
 
 def _kept(run: Path) -> list[str]:
     """Checkpoints of before a rung of `on_oom: ladder` with which the run began again."""
-    saved = [one for folder in sorted(run.glob("checkpoints-before-rung-*")) for one in survey(folder)]
+    saved = [one for folder in RunFolder(run).before_rungs() for one in survey(folder)]
     return [f"{one.path.parent.name}/{one.path.name}" for one in saved if one.flaw in (None, WEIGHTS_ONLY)]
 
 

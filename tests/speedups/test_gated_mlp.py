@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -94,8 +97,49 @@ class Added(Gated):
 class Clipped(Gated):
     def forward(self, x):
         x = x.clamp(max=1.0)
-        x = x + 1
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Scaled(Gated):
+    def forward(self, x):
+        hidden = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return hidden * 2
+
+
+class Residual(Gated):
+    def forward(self, x):
+        return x + self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def doubled(forward):
+    return functools.wraps(forward)(lambda self, x: forward(self, x) * 2)
+
+
+class Decorated(Gated):
+    @doubled
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Wrapped(Gated):
+    forward = doubled(Gated.forward)
+
+
+class Named(Gated):
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        result = self.down_proj(self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state))
+        return result  # noqa: RET504
+
+
+class Builtin(Gated):
+    forward = len
+
+
+class SiLU(nn.Module):
+    """Another one of this name."""
+
+    def forward(self, x):
+        return x * x
 
 
 def test_other_formulas_are_left_alone():
@@ -104,8 +148,45 @@ def test_other_formulas_are_left_alone():
 
     patched_one = Gated(nn.SiLU())
     patched_one.forward = lambda x: x
-    assert served(Gated(nn.SiLU())) == 1
-    assert [served(one) for one in (Added(nn.SiLU()), Clipped(nn.SiLU()), Gated(nn.Softplus()), patched_one)] == [0] * 4
+    assert served(Gated(nn.SiLU())) == served(Named(nn.SiLU())) == 1
+    for kind in (Added, Clipped, Scaled, Residual, Decorated, Wrapped, Builtin):
+        assert served(kind(nn.SiLU())) == 0, kind
+    for other in (Gated(nn.Softplus()), Gated(nn.ReLU()), Gated(SiLU()), Gated(nn.SiLU(inplace=True)), patched_one):
+        assert served(other) == 0, other
+
+
+SEEN = {
+    "a hook": lambda act, see: act.register_forward_hook(lambda *given: see()),
+    "a hook before it": lambda act, see: act.register_forward_pre_hook(lambda *given: see()),
+    "a hook of its gradient": lambda act, see: act.register_full_backward_hook(lambda *given: see()),
+    "a forward of its own": lambda act, see: setattr(act, "forward", lambda x: (nn.functional.silu(x), see())[0]),
+    "a hook of all modules": lambda act, see: nn.modules.module.register_module_forward_hook(
+        lambda module, *given: see() if module is act else None
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_an_activation_that_somebody_sees_runs_as_often_as_without(how):
+    mlp, calls = Gated(nn.SiLU()), []
+    (layer,) = gated_mlp.wrap_gated(mlp, lambda: True)
+    handle = SEEN[how](mlp.act_fn, lambda: calls.append(how))
+    mlp(torch.ones(2, 4)).sum().backward()
+    assert calls == [how]
+    for one in filter(None, (handle, layer)):
+        one.remove()
+
+
+def test_a_graph_that_nobody_holds_is_freed_at_once():
+    """Also where an operation within keeps its own result."""
+    mlp = Gated(nn.SiLU())
+    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Sigmoid(), nn.Linear(4, 4))
+    (handle,) = gated_mlp.wrap_gated(mlp, lambda: True)
+    results = []
+    mlp.down_proj[1].register_forward_hook(lambda module, inputs, result: results.append(weakref.ref(result)))
+    mlp(torch.ones(2, 4))
+    assert len(results) == 1 and results[0]() is None
+    handle.remove()
 
 
 def test_nothing_is_left_behind(tiny, tmp_path, text_rows):

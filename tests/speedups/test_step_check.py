@@ -14,6 +14,7 @@ from torch import nn
 
 from grpo_autotune.hardware import versions
 from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams import ranks
 from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.conditions import foreign_code
 from grpo_autotune.speedups.install import speed_up
@@ -92,6 +93,33 @@ def test_each_kind_is_compared_once_whatever_stands_beside_it_in_a_window(tiny, 
         check._merging.held = window[:-1]
         check._loss(lambda *given: None, trainer.model, window[-1])
     assert compared == [1, 1]
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_rank_that_hears_of_anothers_failure_has_its_gradients_and_hooks(
+    tiny, tmp_path, text_rows, monkeypatch, passes
+):
+    trainer = make_trainer(tiny("qwen3"), text_rows, tmp_path, **BATCH)
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+        weight.register_post_accumulate_grad_hook(lambda weight: None)
+    before = [(weight.grad, weight._post_accumulate_grad_hooks) for weight in weights]
+    good = [None] * passes
+
+    def tell(*told):
+        if not good:
+            raise torch.OutOfMemoryError("rank 0")
+        good.pop()
+
+    monkeypatch.setattr(ranks, "_tell", tell)
+    check = StepCheck(trainer, [Installed("any")])
+    with pytest.raises(torch.OutOfMemoryError, match="rank 0"):
+        check._tried(State([vars(trainer)]), trainer.model, lambda batch: sum(map(torch.sum, weights)), [{}], [])
+    for weight, (gradient, hooks) in zip(weights, before, strict=True):
+        assert weight.grad is gradient and weight._post_accumulate_grad_hooks is hooks and len(hooks) == 1
+    sum(map(torch.sum, weights)).backward()
+    assert all(bool((weight.grad == 2).all()) for weight in weights)
 
 
 def test_somebody_elses_code_is_found_wherever_it_is(tiny, tmp_path, text_rows):

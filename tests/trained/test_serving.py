@@ -154,6 +154,15 @@ def test_a_run_is_told_from_a_configuration(
     assert is_trained(words) is trained
 
 
+@pytest.mark.parametrize("words", ["demo", "my.yml", "grpo.yaml", "neither"])
+def test_a_folder_of_old_checkpoints_makes_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    (tmp_path / "checkpoints_old").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not is_trained(words)
+    (tmp_path / "checkpoints").mkdir()
+    assert is_trained(words) is (words == "neither")
+
+
 ANSWER = Answer("row 0", {"prompt": [5, 6]}, [5, 6], [1, 2], [-0.5, -0.25], [-3.0, -2.0], "float32")
 Steps = list[tuple[int, dict[int, float]]]
 

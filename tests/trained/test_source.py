@@ -108,6 +108,11 @@ def test_a_run_that_a_rung_began_again_has_its_older_checkpoints(run: Path, word
     with pytest.raises(ConfigError, match=rf"the run has no .* There are {', '.join(kept)}\.$"):
         find_trained(place)
     assert find_trained(run / kept[0]).run == run
+    (run / "checkpoints" / "checkpoint-20").mkdir(parents=True)
+    mistyped = run / "checkpoints-before-rung-2" / "checkpoint-20"
+    assert is_trained(str(mistyped))
+    with pytest.raises(ConfigError, match="the run has no checkpoint-20"):
+        find_trained(mistyped)
 
 
 def test_a_name_typed_wrongly_is_told_the_nearest_link_and_the_checkpoints(run: Path) -> None:

@@ -2,11 +2,10 @@
 
 Of `down(act(gate(x)) * up(x))` a training pass keeps the gate, its activation, the up projection and the product. Here
 the activation and the product are computed again when the backward pass asks for them, by the same two kernels on the
-same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, they are left to them.
+same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, or see the activation, all is
+left to them.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,11 +13,32 @@ import torch
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
-from grpo_autotune.speedups.conditions import replaced
+from grpo_autotune.speedups.conditions import HOOKS, replaced
 
-FORMULA = re.compile(r"self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) \* self\.up_proj\(\1\)\)\n")
-ACTIVATIONS = {"SiLU", "SiLUActivation", "GELUActivation", "GELUTanh", "ReLU"}
-"""Those of one kernel, which autocast leaves alone."""
+ACTIVATIONS = {
+    "torch.nn.modules.activation": {"SiLU"},
+    "transformers.activations": {"SiLUActivation", "GELUActivation", "GELUTanh"},
+}
+"""Those of one kernel, which autocast leaves alone and which keeps its input, not its result; by their modules."""
+
+
+def _returned(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _named(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504
+
+
+def _code(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
+    """All that a function does, whatever its variables are called; None of one that is not Python's."""
+    code = getattr(function, "__code__", None)
+    return code and (code.co_code, code.co_names)
+
+
+FORMS = {_code(_returned), _code(_named)}
+"""The two ways in which transformers writes the formula."""
 
 
 def wrap_gated(model: nn.Module, is_on: Callable[[], bool]) -> Iterator[Handle]:
@@ -29,23 +49,24 @@ def wrap_gated(model: nn.Module, is_on: Callable[[], bool]) -> Iterator[Handle]:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    untouched = "forward" not in vars(module) and replaced(module, "forward") is None
-    if not untouched or type(module.act_fn).__name__ not in ACTIVATIONS:
+    act = module.act_fn
+    if type(act).__name__ not in ACTIVATIONS.get(type(act).__module__, ()) or getattr(act, "inplace", False):
         return False
-    try:
-        source = inspect.getsource(type(module).forward)
-    except OSError:  # compiled, without its source
-        return False
-    return len(source.splitlines()) <= 3 and FORMULA.search(source) is not None
+    return replaced(act, "forward") is None and "forward" not in vars(module) and _code(type(module).forward) in FORMS
+
+
+def _is_seen(act: nn.Module) -> bool:
+    """True where somebody counts the calls of an activation, or makes them: here they are more."""
+    return "forward" in vars(act) or any(vars(act).get(kind) for kind in HOOKS)
 
 
 def _layer(mlp: Any, is_on: Callable[[], bool]) -> Callable[..., torch.Tensor]:
     def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        hooked = _is_seen(mlp.act_fn) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if kwargs or len(args) != 1 or hooked or not (torch.is_grad_enabled() and is_on()):
             return call_next(*args, **kwargs)
         gate, up = mlp.gate_proj(*args), mlp.up_proj(*args)
-        kept = _Kept(mlp.act_fn, gate.detach(), up.detach())
+        kept = _Kept(mlp.act_fn.forward, gate.detach(), up.detach())
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, _unpack):
             activated = kept.recognize(mlp.act_fn(gate))
             return mlp.down_proj(kept.recognize(activated * up))
@@ -75,8 +96,8 @@ class _Kept:
 
     def pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Again":
         place = tensor.untyped_storage().data_ptr()
-        if place not in self._places:
-            return tensor
+        if place not in self._places:  # of ZeRO 3 a view of a weight would hold what was gathered
+            return tensor if tensor.is_leaf else tensor.detach()  # itself it would be kept by what made it
         view = tensor.shape, tensor.stride(), int(tensor.storage_offset())
         return _Again(self, self._places.index(place) == 1, view)
 
