@@ -351,25 +351,27 @@ def written(skipped: list[str], shardings: list[str]) -> tuple[str, list[dict[st
     return before["command"], other + [row for row in before["rows"] if row["part"] in skipped and row not in other]
 
 
+PARTS = {
+    "batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks,
+    "decoding": decoding, "lora_input": lora_input, "sharded": sharded, "bf16": bf16,
+}  # fmt: skip
+
+
 def main() -> int:
     """Run the matrix and write `docs/benchmarks/exact.json`; 1 where something is further off than its bar."""
-    parts = {
-        "batches": batches, "windows": windows, "runs": runs, "branches": branches, "ranks": ranks,
-        "decoding": decoding, "lora_input": lora_input, "sharded": sharded, "bf16": bf16,
-    }  # fmt: skip
     parser = argparse.ArgumentParser(description="The speed-ups against plain TRL.")
     parser.add_argument("--architectures", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--speedups", nargs="+", default=["auto", "shared_prefix", "shared_prefix=split"])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--skip", nargs="*", choices=list(parts), default=[])
-    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), help="skip all others")
+    parser.add_argument("--skip", nargs="*", choices=list(PARTS), default=[])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="skip all others")
     parser.add_argument("--shardings", nargs="+", choices=list(SHARDINGS), default=["zero2", "zero3", "fsdp2"])
-    cases = [name for name, case in CASES.items() if "names" not in case]
+    cases = [name for name, case in CASES.items() if "names" not in case and "bf16" not in case["grpo"]]
     parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
     parser.add_argument("--merge", action="store_true", help="keep the written rows of the parts that are skipped")
     options = parser.parse_args()
-    options.skip += [name for name in parts if name not in options.only]
+    options.skip += [name for name in PARTS if name not in options.only]
     command = f"python -m benchmarks.{' '.join([NAME, *sys.argv[1:]])}"
     rows: list[dict[str, Any]] = []
     if options.merge:
@@ -380,7 +382,7 @@ def main() -> int:
         command = " && ".join(dict.fromkeys([*first.split(" && "), command]))
     with tempfile.TemporaryDirectory() as folder:
         models = Models(Path(folder))
-        for name, part in parts.items():
+        for name, part in PARTS.items():
             if name not in options.skip:
                 for row in part(models, options):
                     rows.append(row)

@@ -115,6 +115,13 @@ def test_two_workers_of_a_search() -> None:
     assert f"the same for {round(same['median'] * same['n'])} of {same['n']} seeds" in page
 
 
+def test_every_part_of_the_exactness_matrix_was_run() -> None:
+    from benchmarks.exact import PARTS
+
+    rows = json.loads((ROOT / "docs/benchmarks/exact.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == set(PARTS)
+
+
 def test_weights_under_sharding() -> None:
     rows = json.loads((ROOT / "docs/benchmarks/exact.json").read_text())["rows"]
     rows = [row for row in rows if row["part"] == "sharded"]
