@@ -281,6 +281,13 @@ def test_calls_a_minute_and_asked_pauses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert begun == [0, 0, 0, 60, 60, 60, 120, 140]
 
 
+@pytest.mark.parametrize(("asked_s", "shut_s"), [(60.0, 60.0), (2.0, 0.0), (None, 0.0)])
+def test_a_server_in_trouble_that_asks_for_a_long_pause_has_it(asked_s: float | None, shut_s: float) -> None:
+    one = lane(lambda: 0.0)
+    one.end(Failed("503", "", asked_s), False)
+    assert one.shut_s() == shut_s
+
+
 def test_a_breaker_opens_tries_and_closes() -> None:
     now_s = 0.0
     one = lane(lambda: now_s)

@@ -85,14 +85,14 @@ class Lane:
         if isinstance(error, Busy):
             self._slow_down(error.retry_after_s)
             return
-        is_good = error is None or isinstance(error, Unfit)
+        is_good, asked_s = error is None or isinstance(error, Unfit), error.retry_after_s if error else 0.0
         self._ends.append(is_good)
         last, most = list(self._ends), self._policy.in_a_row
         half = len(last) == self._policy.window and 2 * sum(last) <= len(last)
         if is_good:
             self._shut_s = None
-        elif tried or half or (len(last) >= most and not any(last[-most:])):
-            self._open(self._policy.open_s)
+        elif asked_s >= self._policy.open_s or tried or half or (len(last) >= most and not any(last[-most:])):
+            self._open(max(self._policy.open_s, asked_s))
         self._clean = self._clean + 1 if is_good else 0
         if self._clean >= self.limit and self._is_full and self._clock() >= self._calm_s:
             self._set(max(self.limit + 1, int(self.limit * self._growth)))
