@@ -78,10 +78,10 @@ class RunConfig(Section):
     eval_sampling: EvalSampling | None = None
     vllm: VllmSection = VllmSection()
     speedups: SpeedUps = "auto"
-    """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names. An item may be a mapping with
-    options: `{name: shared_prefix, form: cascade}` (or `flex`, FlexAttention) also tries that form of attention, on
-    CUDA, and takes it where it is faster; `{name: shared_prefix, dropout: shared}` goes on under LoRA dropout, with one
-    mask for the prompt of a group: not exact, and so never in `auto`."""
+    """Exact speed-ups of TRL's step: `auto` (all that fit), `none`, or a list of names, `auto` among them for all
+    others. An item may be a mapping with options: `{name: shared_prefix, form: cascade}` (or `flex`, FlexAttention)
+    also tries that form of attention, on CUDA, and takes it where it is faster; `{name: shared_prefix, dropout:
+    shared}` goes on under LoRA dropout, with one mask for the prompt of a group: not exact, and so never in `auto`."""
     speedups_check: Literal["auto", "always"] = "auto"
     """When loss and gradients of a micro step are compared with plain TRL's, on the first batch of each kind: `auto`
     where somebody else's code is on the trainer or the model, or `always`."""

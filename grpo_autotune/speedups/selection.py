@@ -1,4 +1,7 @@
-"""The `speedups` key, read: `auto`, `none`, or a list of names and of mappings with a name and options."""
+"""The `speedups` key, read: `auto`, `none`, or a list of names and of mappings with a name and options.
+
+`auto` in a list stands for all others.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,14 +35,15 @@ def selections(wanted: Wanted) -> list[Selection]:
     reference `package.module:Class` is), an option or its value is not, or one speed-up is asked for with two sets of
     options."""
     known = registry.names("speedup")
-    if wanted == AUTO:
-        return [Selection(name) for name in known]
+    items = [] if wanted == NONE else [wanted] if isinstance(wanted, str) else wanted
     asked: dict[str, Selection] = {}
-    for item in [] if wanted == NONE else [wanted] if isinstance(wanted, str) else wanted:
+    for item in (item for item in items if item != AUTO):
         selection = _selection(item, known)
         if asked.setdefault(selection.name, selection) != selection:
             fix = "Remove one of the two."
             raise ConfigError(f"{selection.name} is given twice with different options", where="speedups", fix=fix)
+    if AUTO in items:
+        asked = {name: Selection(name) for name in known} | asked
     return [asked[name] for name in sorted(asked, key=lambda name: known.index(name) if name in known else len(known))]
 
 
@@ -59,7 +63,8 @@ def _selection(item: str | Mapping[str, Any], known: Sequence[str]) -> Selection
     name = item if isinstance(item, str) else item.get("name")
     if name not in known and not registry.is_reference(str(name)):
         what = f"there is no speed-up {name!r}"
-        raise ConfigError(what, where="speedups", fix=f"Accepted: {AUTO}, {NONE}, or a list of: {', '.join(known)}.")
+        fix = f"Accepted: {AUTO}, {NONE}, or a list of: {', '.join([*known, AUTO])}."
+        raise ConfigError(what, where="speedups", fix=fix)
     accepted = OPTIONS.get(str(name), {})
     for key, value in options.items():
         if key not in accepted:

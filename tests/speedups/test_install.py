@@ -234,6 +234,14 @@ def test_auto_is_all_in_the_order_of_installation_without_options():
         assert load(selection).name == selection.name
 
 
+def test_auto_in_a_list_is_all_others():
+    asked = Selection("shared_prefix", {"form": "flex"})
+    wanted = selections(["auto", {"name": "shared_prefix", "form": "flex"}])
+    assert wanted == [asked, *(Selection(name) for name in registry.names("speedup") if name != "shared_prefix")]
+    assert selections(["a.b:C", "auto"]) == [*selections("auto"), Selection("a.b:C")]
+    assert selections(["auto"]) == selections("auto")
+
+
 def test_a_registered_speed_up_comes_after_those_of_the_package(monkeypatch):
     monkeypatch.setitem(registry._TABLE, "speedup", dict(registry._TABLE["speedup"]))
     registry.register("speedup", "counting")(Counting)
