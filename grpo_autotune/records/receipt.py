@@ -68,6 +68,9 @@ class Receipt(_Part):
     """Whether the two were measured in turns on the same prompts."""
     confidence: float
     """Confidence of the intervals."""
+    living_share: float | None = None
+    """Share of groups with any spread of rewards that was expected then, where `skip_dead` leaves out the others: a
+    step takes longer as there are more."""
     peak_bytes: int | None = None
     """Most memory it took."""
     worst_case: Literal["passed", "not run"] = "not run"

@@ -14,10 +14,13 @@ from grpo_autotune.search.ablation import contributions, exact_share
 from grpo_autotune.search.acquisition import Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
+from grpo_autotune.search.tuned_files import living_share
 from grpo_autotune.units import plural
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
+FEW = 0.9
+"""A step gets no longer worth a word where so many groups have a spread of rewards."""
 PART = (
     "There are more legal combinations than were looked at: those with the fewest changes, and the neighbours of what "
     "was measured."
@@ -55,7 +58,7 @@ def report_of_search(evaluator: Evaluator, pool: Pool, ended: Ended, why_ended: 
         trials=log.rows,
         skipped=log.skipped,
         model_error={stage: ModelError(**error) for stage, error in models.errors().items()},
-        notes=[*_workers(evaluator), *_notes(board), *sorted(log.notes), *([] if pool.whole else [PART])],
+        notes=[*_workers(evaluator), *_notes(board, best), *sorted(log.notes), *([] if pool.whole else [PART])],
         space={key: list(values) for key, values in pool.space.values.items()},
         points=len(pool.points),
         sampler=sampler,
@@ -142,7 +145,7 @@ def reward_difference(board: Leaderboard, knobs: Knobs) -> float | None:
     return total
 
 
-def _notes(board: Leaderboard) -> Iterator[str]:
+def _notes(board: Leaderboard, best: Candidate) -> Iterator[str]:
     """Facts that a reader must know beside the numbers."""
     tokens, group = board.record.tokens, board.baseline_knobs.get(GROUP)
     if board.living is None:
@@ -155,6 +158,12 @@ def _notes(board: Leaderboard) -> Iterator[str]:
             f"{board.living.share(group):.0%} of groups of {group} are expected to have any spread of rewards, "
             f"from the pass rates of {tokens.groups} groups of the probe."
         )
+        share = living_share(board, best.knobs)
+        if share is not None and share < FEW:
+            yield (
+                "skip_dead leaves out groups without a spread of rewards: as training gives more groups one, a step "
+                "takes longer than was measured here."
+            )
     yield from _evaluations(board)
     if len(board.pace.looks) > 1:
         least, most = (math.exp(end(log for _, log, _ in board.pace.looks)) for end in (min, max))

@@ -49,7 +49,7 @@ def watched(*cycle_s: float) -> list[str]:
     """What is said over a run whose steps take so long in turn, after a slow start."""
     now, said = [0.0], list[str]()
     watch = SpeedWatch(receipt(), said.append, lambda: now[0])
-    state = SimpleNamespace(is_world_process_zero=True)
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"loss": 0.0}])
     args = SimpleNamespace(steps_per_generation=len(cycle_s), num_iterations=1, gradient_accumulation_steps=1)
     watch.on_train_begin(args, state, None)
     for step in range(WARMUP_STEPS + 3 * WATCHED_STEPS):
@@ -103,3 +103,26 @@ def test_a_configuration_with_a_receipt_is_a_configuration() -> None:
     )
     assert RunConfig.from_yaml(config.to_yaml()) == config
     assert config.receipt == receipt()
+
+
+def test_groups_that_live_now_are_the_reason_for_longer_steps() -> None:
+    tuned = receipt(living_share=0.15)
+    told = off_by(tuned, 2.8, 0.62)
+    assert told is not None and told.endswith(
+        ": 62% of groups have a spread of rewards, 15% then, and skip_dead leaves out the others"
+    )
+    for other in (off_by(receipt(), 2.8, 0.62), off_by(tuned, 2.8, 0.2), off_by(tuned, 1.5, 0.62), off_by(tuned, 2.8)):
+        assert other is not None and "answers of another length" in other
+
+
+def test_the_share_of_living_groups_is_that_of_the_log() -> None:
+    now, said = [0.0], list[str]()
+    watch = SpeedWatch(receipt(living_share=0.1), said.append, lambda: now[0])
+    rows = [{"frac_reward_zero_std": 0.5}, {"eval_loss": 1.0}, {"frac_reward_zero_std": 0.0}]
+    state = SimpleNamespace(is_world_process_zero=True, log_history=rows)
+    args = SimpleNamespace(steps_per_generation=1, num_iterations=1, gradient_accumulation_steps=1)
+    watch.on_train_begin(args, state, None)
+    for _ in range(WARMUP_STEPS + WATCHED_STEPS):
+        now[0] += 3.0
+        watch.on_step_end(args, state, None)
+    assert ["75% of groups" in line for line in said] == [True]

