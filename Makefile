@@ -79,6 +79,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.search_replay
 	$(BIN)/python -m benchmarks.search_live
+	$(BIN)/python -m benchmarks.search_real runs/search_real_busy --busy --name search_real_busy
 	$(BIN)/python -m benchmarks.search_workers runs/search_workers 5
 	$(BIN)/python -m benchmarks.habits
 	$(BIN)/python -m benchmarks.oom_share
