@@ -22,8 +22,9 @@ srun --wait=60 torchrun \
   -m grpo_autotune train "$config" --out "$run" --resume auto
 code=$?
 
-# torchrun ends with 1 whatever ended its ranks: a run that has not finished is begun again, but not for ever
-if [ ! -d "$run/model" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 30 ]; then
+# torchrun ends with 1 whatever ended its ranks, with 2 where it does not know an option: a run that has not finished is begun
+# again, but not for ever
+if [ $code -ne 2 ] && [ ! -d "$run/model" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 30 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code
