@@ -25,7 +25,7 @@ from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
 from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.session import search
 from grpo_autotune.search.start import occasions_s
-from grpo_autotune.search.summary import _notes
+from grpo_autotune.search.summary import _notes, candidate
 from tests.support.paper_machine import MACHINE, Listener, PaperModels, PaperTrials, record_of, user_config
 from tests.support.sample_records import timings
 
@@ -275,7 +275,7 @@ def test_a_race_that_a_busy_machine_disturbed_is_told_with_what_it_showed() -> N
     entry = list(board.entries.values())[1]
     disturbed = RaceResult(Interval(3.8, 0.7, 5.5, 5), Interval(6.2, 5.8, 18.5), Interval(24.0, 11.2, 33.8))
     board.update(entry, race=disturbed)
-    (told,) = (note for note in _notes(board) if "raced" in note)
+    (told,) = (note for note in _notes(board, candidate(board, entry)) if "raced" in note)
     assert "Trial 1 was raced at x 3.80 (0.70 to 5.50), which may be noise" in told
     assert "took x 3.00 of its first time" in told
     board.update(entry, race=RaceResult(Interval(2.0, 1.9, 2.1, 5), Interval(4.0, 3.9, 4.1), Interval(8.0, 7.9, 8.1)))
