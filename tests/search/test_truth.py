@@ -279,7 +279,7 @@ def test_a_race_that_a_busy_machine_disturbed_is_told_with_what_it_showed() -> N
     assert "Trial 1 was raced at x 3.80 (0.70 to 5.50), which may be noise" in told
     assert "took x 3.00 of its first time" in told
     board.update(entry, race=RaceResult(Interval(2.0, 1.9, 2.1, 5), Interval(4.0, 3.9, 4.1), Interval(8.0, 7.9, 8.1)))
-    assert not any("raced" in note for note in _notes(board))
+    assert not any("raced" in note for note in _notes(board, candidate(board, entry)))
 
 
 # Evaluation
