@@ -69,6 +69,7 @@ bench: .venv/.installed ## measure everything the README and the pages claim: ho
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_off --cases 768px 448px text short 768px-256 --checkpointing off
 	$(BIN)/python -m benchmarks.speedups --size 100m --rounds 2 --name speedups_100m_off_long --cases long --checkpointing off
 	$(BIN)/python -m benchmarks.speedups_parts
+	$(BIN)/python -m benchmarks.against f645d37 --limit 400
 	$(BIN)/python -m benchmarks.prefix_forms
 	$(BIN)/python -m benchmarks.prefix_forms --cases 768px 448px 768px-256 text --forms flat cascade plain --rounds 5 --name prefix_cascade
 	$(BIN)/python -m benchmarks.decoding --models 16m --rounds 3
