@@ -39,6 +39,11 @@ BESIDE: dict[str, Any] = {
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Values of `grpo.optim` that DeepSpeed's Adam for the host equals; accelerate puts it in another's place too."""
 TO_CPU = {"device": "cpu", "pin_memory": True}
+MAPPINGS = (
+    "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params",
+    "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+)  # fmt: skip
+"""Of DeepSpeed's keys those that transformers, accelerate and DeepSpeed look into."""
 
 
 def deepspeed_keys(value: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +64,13 @@ def deepspeed_keys(value: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(zero, Mapping):
         fix = f"Write it as DeepSpeed has it, or a name: {', '.join(ZERO)}."
         raise ConfigError("no mapping, and without it nothing is sharded", where=f"{WHERE}.zero_optimization", fix=fix)
+    for key in MAPPINGS:
+        part: Any = given
+        for level in key.split("."):
+            part = part.get(level) if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping | None):
+            fix = "Write it as DeepSpeed has it: deepspeed.ai/docs/config-json."
+            raise ConfigError(f"{part!r} is no mapping", where=f"{WHERE}.{key}", fix=fix)
     if name is not None and zero["stage"] != ZERO[name]["stage"]:
         stage = f"{WHERE}.zero_optimization.stage"
         raise ConfigError(f"{name} is stage {ZERO[name]['stage']}", where=stage, fix="Remove this key, or the name.")

@@ -63,6 +63,13 @@ def test_a_file_is_read_from_beside_the_configuration(tmp_path: Path, monkeypatc
         ({"offload": "cpu", "zero_optimization": {"stage": 2}}, "grpo.deepspeed.offload: goes with a name"),
         ({"name": "zero2", "zero_optimization": {"stage": 3}}, "zero_optimization.stage: zero2 is stage 2"),
         ({"bf16": {"enabled": True}}, "zero_optimization: no mapping, and without it nothing is sharded"),
+        ({"name": "zero2", "optimizer": "AdamW"}, "grpo.deepspeed.optimizer: 'AdamW' is no mapping"),
+        ({"name": "zero2", "optimizer": {"type": "AdamW", "params": [1]}}, "optimizer.params: [1] is no mapping"),
+        ({"name": "zero2", "bf16": True}, "grpo.deepspeed.bf16: True is no mapping"),
+        (
+            {"name": "zero3", "zero_optimization": {"offload_optimizer": "cpu"}},
+            "grpo.deepspeed.zero_optimization.offload_optimizer: 'cpu' is no mapping",
+        ),
     ],
 )
 def test_mistakes_are_one_line(value: Any, told: str) -> None:
