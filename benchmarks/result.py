@@ -19,7 +19,9 @@ CONFIDENCE = 0.95
 
 
 def ratio(numbers: Sequence[float]) -> dict[str, float]:
-    """Median of pairwise ratios with its bootstrap interval (percentile method, 95 %)."""
+    """Median of pairwise ratios with its bootstrap interval (percentile method, 95 %), which of one is that one."""
+    if len(numbers) == 1:
+        return dict.fromkeys(("median", "low", "high"), float(numbers[0])) | {"n": 1}
     data, rng = (np.asarray(numbers),), np.random.default_rng(0)
     found = bootstrap(data, np.median, confidence_level=CONFIDENCE, method="percentile", rng=rng)
     low, high = found.confidence_interval

@@ -50,8 +50,6 @@ def main() -> None:
     for seed in asked.seeds:
         with busy_core() if asked.busy else _nothing():
             rows.append(_searched(asked.folder / str(seed), seed))
-        if len(rows) < 2:  # of which there is no spread
-            continue
         ratios = {
             "probe afterwards over receipt": ratio([row["afterwards_s"] / row["step_s"] for row in rows]),
             "speedup": ratio([row["speedup"] for row in rows]),
