@@ -115,6 +115,38 @@ def test_two_workers_of_a_search() -> None:
     assert f"the same for {round(same['median'] * same['n'])} of {same['n']} seeds" in page
 
 
+def test_searches_on_a_real_model_beside_a_busy_core() -> None:
+    found = json.loads((ROOT / "docs/benchmarks/search_real_busy.json").read_text())
+    ratios, rows, page = found["ratios"], found["rows"], (ROOT / "docs/benchmarks/README.md").read_text()
+    assert f"raced in {sum(row['raced'] for row in rows)} of {len(rows)}" in page
+    assert "x {median:.2f} ({low:.2f} to {high:.2f}), models off".format(**ratios["speedup"]) in page
+    error = {end: f"{value:.0%}".replace("%", " %") for end, value in ratios["model error, median"].items()}
+    assert "models off by {median} at the median ({low} to {high})".format(**error).replace(" % to", " to") in page
+    assert (
+        "take x {median:.2f} of the receipt's ({low:.2f} to {high:.2f})".format(
+            **ratios["probe afterwards over receipt"]
+        )
+        in page
+    )
+    winners = sorted(sorted(row["winner"]) for row in rows)
+    checkpointing, micro = ["grpo.gradient_checkpointing", "speedups"], ["grpo.per_device_train_batch_size", "speedups"]
+    assert (
+        winners == [checkpointing, checkpointing, micro]
+        and "two seeds end with speed-ups and checkpointing off" in page
+    )
+
+
+def test_this_tree_against_an_earlier_commit() -> None:
+    ratios = json.loads((ROOT / "docs/benchmarks/against.json").read_text())["ratios"]
+    page = (ROOT / "docs/benchmarks/README.md").read_text()
+    for name, words in {
+        "768px: log-probs and backward": "for log-probs and backward {median:.2f} at 768 px ({low:.2f} to {high:.2f})",
+        "448px: log-probs and backward": "{median:.2f} at 448 px ({low:.2f} to {high:.2f})",
+        "768px-256: generation": "generation of 256 tokens {median:.2f} ({low:.2f} to {high:.2f})",
+    }.items():
+        assert words.format(**ratios[f"{name}, f645d37 over now"]) in page
+
+
 def test_every_part_of_the_exactness_matrix_was_run() -> None:
     from benchmarks.exact import PARTS
 
