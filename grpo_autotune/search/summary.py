@@ -19,8 +19,8 @@ from grpo_autotune.units import plural
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
-FEW = 0.9
-"""A step gets no longer worth a word where so many groups have a spread of rewards."""
+MANY = 0.9
+"""With so many groups that have a spread of rewards already, steps get hardly longer."""
 PART = (
     "There are more legal combinations than were looked at: those with the fewest changes, and the neighbours of what "
     "was measured."
@@ -159,7 +159,7 @@ def _notes(board: Leaderboard, best: Candidate) -> Iterator[str]:
             f"from the pass rates of {tokens.groups} groups of the probe."
         )
         share = living_share(board, best.knobs)
-        if share is not None and share < FEW:
+        if share is not None and share < MANY:
             yield (
                 "skip_dead leaves out groups without a spread of rewards: as training gives more groups one, a step "
                 "takes longer than was measured here."
