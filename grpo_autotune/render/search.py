@@ -41,7 +41,7 @@ def _sections(report: SearchReport) -> Iterator[RenderableType]:
         left_out = len(report.pareto) - len(shown(report))
         if left_out:
             yield Padding(Text(f"and {left_out} more, in {report.files['report']}", style="dim"), (0, 0, 0, 2))
-    yield from section("Not run", [f"{row.count} combinations: {row.why}" for row in report.skipped])
+    yield from section("Not run", [f"{plural(row.count, 'combination')}: {row.why}" for row in report.skipped])
     yield from section("Trials that failed", list(failure_lines(report)))
     yield from section("The models", list(error_lines(report)))
     yield from section("Notes", report.notes)

@@ -13,7 +13,7 @@ from grpo_autotune.records.probe import STAGE_WORDS
 from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Progress
 from grpo_autotune.render.search import changes, value_text
-from grpo_autotune.units import hms, percent, seconds
+from grpo_autotune.units import hms, percent, plural, seconds
 
 PLAIN_EVERY_S = 15.0
 MOST_SKIPPED = 3
@@ -58,7 +58,7 @@ class SearchView:
             self._printed_trials.add(number)
             self._printed_s = now
             self.say(plain_line(state))
-            skipped = {row.why: f"not run: {row.count} combinations, {row.why}" for row in state.skipped}
+            skipped = {row.why: f"not run: {plural(row.count, 'combination')}, {row.why}" for row in state.skipped}
             for why, line in {**skipped, **dict(zip(state.said, state.said, strict=True))}.items():
                 if why not in self._printed_reasons:
                     self._printed_reasons.add(why)

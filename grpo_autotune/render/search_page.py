@@ -25,7 +25,7 @@ def search_sections(report: SearchReport) -> list[Section]:
     """The sections of the page."""
     spent, *outcome = text.headline(report)
     pareto = [from_rich(text.pareto_table(report))] if report.pareto else []
-    skipped = [f"{row.count} combinations: {row.why}" for row in report.skipped]
+    skipped = [f"{plural(row.count, 'combination')}: {row.why}" for row in report.skipped]
     return [
         Section("race", "The race", [Lines([spent]), Lines(outcome, strong=True), _race(report)]),
         Section("trials", "Trials", list(_trials(report))),
