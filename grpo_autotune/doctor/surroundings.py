@@ -138,7 +138,7 @@ def busy(run: Run) -> Findings:
             free = max(1, round(load.of - stays.cores)) if stays is not None else load.of
             if free < min(load.of, psutil.cpu_count(logical=False) or load.of):  # of which torch would take no more
                 run.threads = free
-                remedy += f"; this run gets {plural(free, 'thread')} to its end, or {THREADS}"
+                remedy += f"; this run gets {plural(free, 'thread')} to its end ({THREADS} sets another number)"
         yield warn(load.warning, remedy)
     yield from [ok(load.words)] if load is not None else ()
 
