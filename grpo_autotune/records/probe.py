@@ -339,6 +339,12 @@ class ProbeRecord(Frozen):
     versions: dict[str, str] = {}  # those of packages
     runtime: dict[str, str] = {}  # what else makes a GPU fast or slow (`hardware.device.runtime_facts`)
 
+    @property
+    def living_share(self) -> float | None:
+        """Share of the completions that were trained on while `skip_dead` left out the others; None without it."""
+        counts = self.speedups.get("skip_dead", {}) if "skip_dead" in self.trainer.speedups else {}
+        return 1.0 - counts["skipped_rows"] / counts["rows"] if counts.get("rows") else None
+
 
 def seconds_once(record: ProbeRecord) -> dict[str, float]:
     """Seconds of one `evaluate` and one `save`: the mean of those that steps held, else of one timed apart."""

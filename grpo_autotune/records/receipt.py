@@ -69,8 +69,8 @@ class Receipt(_Part):
     confidence: float
     """Confidence of the intervals."""
     living_share: float | None = None
-    """Share of groups with any spread of rewards that was expected then, where `skip_dead` leaves out the others: a
-    step takes longer as there are more."""
+    """Share of the completions that were trained on while `skip_dead` left out groups without a spread of rewards: a
+    step takes longer as more have one."""
     peak_bytes: int | None = None
     """Most memory it took."""
     worst_case: Literal["passed", "not run"] = "not run"

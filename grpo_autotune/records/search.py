@@ -48,6 +48,7 @@ class Candidate(Frozen):
     speedup: float  # `score` over the baseline's
     ci: list[float]  # its interval; of the race where `raced`
     raced: bool = False  # True where both were measured in an interleaved race on the same prompts
+    living_share: float | None = None  # of the rows that were trained on while `skip_dead` left out the others
     peak_bytes: int | None = None  # most memory
     # outcome of the step with the longest prompts, largest images and full-length completions
     worst_case: Literal["passed", "not run"] = "not run"

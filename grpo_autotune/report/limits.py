@@ -41,7 +41,7 @@ def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | No
     facts = replace(facts, **shares_of(record, facts))
     uncounted = set(record.trainer.speedups) - record.speedups.keys()
     unknown = {stage for name in uncounted for stage in WORK_LEFT_OUT.get(name, ())}
-    living = 1.0 - _share(record, "skip_dead", "skipped_rows", "rows", 0.0)
+    living = 1.0 if record.living_share is None else record.living_share
     limits = {
         stage: limit_of(work * living if stage in _TRAINED else work, breakdown.seconds(stage), ceilings)
         for stage, work in stage_work(shape, facts).items()
@@ -66,10 +66,10 @@ def shares_of(record: ProbeRecord, facts: WorkFacts) -> dict[str, Any]:
     }
 
 
-def _share(record: ProbeRecord, speedup: str, part: str, whole: str, without: float = 1.0) -> float:
-    """One of a speed-up's counts over another; `without` where it is off or has counted nothing."""
+def _share(record: ProbeRecord, speedup: str, part: str, whole: str) -> float:
+    """One of a speed-up's counts over another; 1 where it is off or has counted nothing."""
     counts = record.speedups.get(speedup, {}) if speedup in record.trainer.speedups else {}
-    return counts.get(part, 0.0) / counts[whole] if counts.get(whole) else without
+    return counts.get(part, 0.0) / counts[whole] if counts.get(whole) else 1.0
 
 
 def limit_of(work: Work, spent_s: float, ceilings: Ceilings) -> Limit | None:

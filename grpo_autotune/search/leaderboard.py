@@ -62,8 +62,8 @@ class Entry:
     peak_bytes: int | None
     stages_s: Mapping[str, float] = field(default_factory=dict)
     aside_s: float = 0.0  # seconds per step that the run's evaluations and checkpoints take
-    # the same beside each measured step, by its own stages: noise in them is noise in both
-    asides_s: list[float] = field(default_factory=list)
+    asides_s: list[float] = field(default_factory=list)  # the same beside each measured step, by its own stages
+    living_share: float | None = None  # of the rows that were trained on while `skip_dead` left out the others
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None  # reason why it may not win
@@ -209,6 +209,7 @@ class Leaderboard:
             stages_s=stages_s,
             aside_s=self.apart_s(stages_s),
             asides_s=asides_s,
+            living_share=outcome.record.living_share if outcome.record else None,
             place=place,
         )
         self.entries[name_of(knobs)] = entry
@@ -355,8 +356,9 @@ class Leaderboard:
 
     def ranking(self, level: Level) -> list[Entry]:
         """Entries that may be recommended, best first."""
-        entries = [entry for entry in self.entries.values() if self.may_win(entry, level)]
-        return sorted(entries, key=lambda entry: -self.speedup(entry).value)
+        return sorted(
+            (e for e in self.entries.values() if self.may_win(e, level)), key=lambda e: -self.speedup(e).value
+        )
 
     def best(self, level: Level) -> Entry:
         """The best that beats the user's configuration beyond noise; else that one. Of raced ones the preferred counts
@@ -366,14 +368,12 @@ class Leaderboard:
             return next((entry for entry in better if entry.worst_case == "passed"), better[0])
         unbeaten = [e for e in raced if not any(self.beats(other, e) for other in raced)] or raced
         best = functools.reduce(lambda best, entry: entry if self.prefers(entry, best) else best, unbeaten)
-        high = self.speedup(raced[0]).high
-        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > high)
+        faster = (e for e in better if e.worst_case == "passed" and self.speedup(e).low > self.speedup(raced[0]).high)
         return next((e for e in faster if not self.beats(best, e)), best)
 
     def beats(self, entry: Entry, other: Entry) -> bool:
         """True where a race of the two shows an entry to be better beyond noise."""
-        gain = self.pair(other, entry)
-        return gain is not None and gain.value > 1.0 and gain.is_apart(TIE)
+        return (gain := self.pair(other, entry)) is not None and gain.value > 1.0 and gain.is_apart(TIE)
 
     def prefers(self, entry: Entry, leader: Entry) -> bool:
         """True where an entry is to be recommended before one that led so far: better beyond the noise of their race,

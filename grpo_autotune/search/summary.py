@@ -14,13 +14,12 @@ from grpo_autotune.search.ablation import contributions, exact_share
 from grpo_autotune.search.acquisition import Pool, run_s
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
-from grpo_autotune.search.tuned_files import living_share
 from grpo_autotune.units import plural
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
 MANY = 0.9
-"""With so many groups that have a spread of rewards already, steps get hardly longer."""
+"""Where so large a share was trained on already, steps get hardly longer."""
 PART = (
     "There are more legal combinations than were looked at: those with the fewest changes, and the neighbours of what "
     "was measured."
@@ -90,6 +89,7 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
         number=entry.number,
         predicted_s=entry.predicted_s,
         raced=entry.race is not None,
+        living_share=entry.living_share,
         peak_bytes=entry.peak_bytes,
         worst_case=entry.worst_case,
     )
@@ -158,12 +158,11 @@ def _notes(board: Leaderboard, best: Candidate) -> Iterator[str]:
             f"{board.living.share(group):.0%} of groups of {group} are expected to have any spread of rewards, "
             f"from the pass rates of {tokens.groups} groups of the probe."
         )
-        share = living_share(board, best.knobs)
-        if share is not None and share < MANY:
-            yield (
-                "skip_dead leaves out groups without a spread of rewards: as training gives more groups one, a step "
-                "takes longer than was measured here."
-            )
+    if best.living_share is not None and best.living_share < MANY:
+        yield (
+            f"The best trained on {best.living_share:.0%} of the completions while it was measured: skip_dead leaves "
+            "out groups without a spread of rewards. As training gives more groups one, a step takes longer."
+        )
     yield from _evaluations(board)
     if len(board.pace.looks) > 1:
         least, most = (math.exp(end(log for _, log, _ in board.pace.looks)) for end in (min, max))

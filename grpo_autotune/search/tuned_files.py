@@ -7,8 +7,6 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.yaml_text import write_yaml
 from grpo_autotune.files import write_whole
 from grpo_autotune.hardware import Machine
-from grpo_autotune.knobs import Knobs
-from grpo_autotune.predict.speedups import effective
 from grpo_autotune.records.receipt import ChangedKnob, Receipt
 from grpo_autotune.records.report import Change
 from grpo_autotune.records.search import Candidate, SearchReport
@@ -78,18 +76,9 @@ def receipt_of(board: Leaderboard, machine: Machine, report: SearchReport, candi
         speedup_low=candidate.ci[0],
         speedup_high=candidate.ci[1],
         confidence=report.confidence,
-        living_share=living_share(board, candidate.knobs),
         changed=[_changed(board, key, value) for key, value in candidate.changed.items()],
         **same,
     )
-
-
-def living_share(board: Leaderboard, knobs: Knobs) -> float | None:
-    """Expected share of groups with any spread of rewards; None where the others cost the same."""
-    config = board.config_of(knobs)
-    if board.living is None or "skip_dead" not in effective(config, board.record.trainer):
-        return None
-    return board.living.share(config.batch.num_generations)
 
 
 def _changed(board: Leaderboard, key: str, value: Any) -> ChangedKnob:

@@ -722,23 +722,22 @@ def test_no_spread_of_rewards_leaves_the_group_alone(tmp_path: Path) -> None:
     assert any("spread" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("speedups", "told"), [("auto", True), ("none", False)])
-def test_groups_that_cost_nothing_now_are_told(tmp_path: Path, speedups: str, told: bool) -> None:
-    """Of eight groups two have any spread: a step takes longer once more have."""
-    config = RunConfig.from_dict({**user_config().to_dict(), "speedups": speedups})
-    config.search.knobs["speedups"] = None
+@pytest.mark.parametrize(("on", "skipped", "told"), [(True, 75.0, True), (True, 5.0, False), (False, 75.0, False)])
+def test_groups_that_cost_nothing_now_are_told(tmp_path: Path, on: bool, skipped: float, told: bool) -> None:
+    def act(spec: TrialSpec) -> TrialOutcome:
+        outcome = paper.trials._measured(spec)
+        assert outcome.record is not None
+        counts = {"skip_dead": {"rows": 100.0, "skipped_rows": skipped}}
+        trainer = outcome.record.trainer.model_copy(update={"speedups": ["skip_dead"] if on else []})
+        record = outcome.record.model_copy(update={"speedups": counts, "trainer": trainer})
+        return outcome.model_copy(update={"record": record})
 
-    def act(spec: TrialSpec) -> TrialOutcome | None:
-        if spec.purpose != "probe":
-            return None
-        dead = token_facts(groups=8, dead_groups=6, pass_rates=[0.0] * 6 + [0.5] * 2)
-        record = record_of(config).model_copy(update={"tokens": dead})
-        return TrialOutcome(number=0, status="ok", record=record, step_s=[1.2] * 3, elapsed_s=8.0)
-
-    report = Paper(tmp_path, config, act=act).search()
+    paper = Paper(tmp_path, act=act)
+    report = paper.search()
     receipt = load_config(str(tmp_path / "tuned.yaml")).receipt
-    assert receipt is not None and (receipt.living_share is not None) is told
-    assert any("as training gives more groups one, a step takes longer" in note for note in report.notes) is told
+    assert report.best.raced and receipt is not None
+    assert receipt.living_share == (pytest.approx(1.0 - skipped / 100.0) if on else None)
+    assert any("trained on 25% of the completions while it was measured" in note for note in report.notes) is told
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
