@@ -58,7 +58,8 @@ def headline(report: SearchReport) -> list[str]:
         spent = f"a probe alone; {report.points} legal combinations judged by the models"
     end = f"Search: {spent}; ended since {report.why_ended}."
     if best.changed and not best.raced and not report.predicted:
-        end = f"The winner was not raced against your configuration: no time was left for it. {end}"
+        why = "the search was stopped before" if report.ended == "interrupted" else "no time was left for it"
+        end = f"The winner was not raced against your configuration: {why}. {end}"
     if not best.changed:
         tried = sum(
             row.purpose == "timed" and row.status == "ok" and row.knobs != baseline.knobs for row in report.trials

@@ -217,7 +217,9 @@ def test_a_winner_without_a_race_is_said_first(tmp_path: Path) -> None:
 
     report, _ = searched(tmp_path, config_of(micro=[2, 8]), no_race, 120.0)
     assert report.best.changed and not report.best.raced
-    assert headline(report)[0].startswith("The winner was not raced against your configuration")
+    for ended, why in {"budget": "no time was left for it", "interrupted": "the search was stopped before"}.items():
+        told = headline(report.model_copy(update={"ended": ended}))[0]
+        assert told.startswith(f"The winner was not raced against your configuration: {why}. Search: ")
 
 
 # Drift
