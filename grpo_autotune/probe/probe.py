@@ -5,6 +5,7 @@ It draws no random numbers and changes no value, so training logs the same losse
 
 import itertools
 import json
+import math
 import os
 import weakref
 from collections import deque
@@ -32,7 +33,7 @@ from grpo_autotune.probe.signal import SignalWatch
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
 from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup, hint
-from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, versions
+from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, trained_rows, versions
 from grpo_autotune.records.probe import DeviceMemory, ProbeRecord, ProfiledStep, RankTimings, StageTimings
 from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
@@ -100,6 +101,7 @@ class Probe:
         self.weight_sync_bytes: int | None = None
         self._last_step, self._earlier = trainer.state.global_step, 0
         self._steps: deque[StepStages] = deque(maxlen=KEEP)
+        self._living, self._rows = deque[float](maxlen=KEEP), trained_rows(trainer)
         self._pending: list[StepSpans] = []
         self._ended = False
         self._topic = f"grpo-autotune/probe-{next(_NUMBERS)}"
@@ -210,6 +212,7 @@ class Probe:
             zero_gradients=sum(list(self.signal.zero)[-steps:]) if steps else 0,
             zero_unexplained=sum(list(self.signal.unexplained)[-steps:]) if steps else 0,
             speedups=speedup_counts(self.trainer),
+            living_shares=self._living_shares(steps),
             startup=self.startup.phases(),
             fidelity=self.fidelity.facts(),
             engine=engine,
@@ -244,6 +247,10 @@ class Probe:
         if self.live is not None:
             seconds = [step.wall_s for step in list(self._steps)[-LIVE_STEPS:]]
             self.live.see(self.trainer.state, self._stage_now(), seconds, values)
+
+    def _living_shares(self, steps: int) -> list[float]:
+        shares = list(self._living)[-steps:] if steps else []
+        return [] if any(map(math.isnan, shares)) else shares
 
     def _engine_facts(self, first: int) -> EngineFacts | None:
         """The meter's facts; with TRL's plain engine, its start and the bytes of a sync come from the probe."""
@@ -295,6 +302,9 @@ class Probe:
         if not self.closed:
             self.startup.first_step(stages_of(spans).self_s)
         self.closed += 1
+        before, self._rows = self._rows, trained_rows(self.trainer)
+        rows, skipped = (now - then for now, then in zip(self._rows, before, strict=True))
+        self._living.append(1.0 - skipped / rows if rows > 0.0 else math.nan)
         self._pending.append(spans)
         timer = self.recorder.timer
         while self._pending and (timer is None or timer.done(self._pending[0].spans[0].end_mark)):

@@ -105,5 +105,11 @@ def speedup_counts(trainer: Any) -> dict[str, dict[str, float]]:
     return {name: dict(counts) for name, counts in on.facts().items()} if on is not None else {}
 
 
+def trained_rows(trainer: Any) -> tuple[float, float]:
+    """Completions that came to the training pass so far, and those that `skip_dead` left out of it; 0 without it."""
+    counts = speedup_counts(trainer).get("skip_dead", {})
+    return counts.get("rows", 0.0), counts.get("skipped_rows", 0.0)
+
+
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)

@@ -329,6 +329,9 @@ class ProbeRecord(Frozen):
     occasions: dict[str, float] = {}  # seconds of one `evaluate` and one `save` where measured apart from the steps
     occasions_s: float = 0.0  # seconds that measuring them took: of an evaluation, a sample of its rows
     speedups: dict[str, dict[str, float]] = {}  # counts of the work of each speed-up that is on, by its name
+    # share of each measured step's completions that were trained on while `skip_dead` left out the others; empty
+    # without it
+    living_shares: list[float] = []
     startup: list[Phase] = []
     fidelity: Fidelity | None = None
     engine: EngineFacts | None = None
@@ -341,9 +344,8 @@ class ProbeRecord(Frozen):
 
     @property
     def living_share(self) -> float | None:
-        """Share of the completions that were trained on while `skip_dead` left out the others; None without it."""
-        counts = self.speedups.get("skip_dead", {}) if "skip_dead" in self.trainer.speedups else {}
-        return 1.0 - counts["skipped_rows"] / counts["rows"] if counts.get("rows") else None
+        """Mean of `living_shares`; None where there are none."""
+        return math.fsum(self.living_shares) / len(self.living_shares) if self.living_shares else None
 
 
 def seconds_once(record: ProbeRecord) -> dict[str, float]:

@@ -69,8 +69,11 @@ class Receipt(_Part):
     confidence: float
     """Confidence of the intervals."""
     living_share: float | None = None
-    """Share of the completions that were trained on while `skip_dead` left out groups without a spread of rewards: a
-    step takes longer as more have one."""
+    """Share of its completions that a step of `step_s` trains on, while `skip_dead` leaves out groups without a spread
+    of rewards: measured steps are brought to the share that the probe's rewards let expect."""
+    living_s: float | None = None
+    """Seconds by which a step is longer where all groups have a spread of rewards than where none has; one with another
+    share takes `step_s + (share - living_share) * living_s`. Null without `skip_dead`, or where no step told it."""
     peak_bytes: int | None = None
     """Most memory it took."""
     worst_case: Literal["passed", "not run"] = "not run"

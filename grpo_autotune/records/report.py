@@ -134,6 +134,7 @@ class Report(Document):
     step_spread_s: float
     steps: list[int]
     step_seconds: list[float]
+    living_shares: list[float] = []
     warmup_s: list[float]
     cycle: int = Field(ge=1)
     slowest: float | None = None

@@ -48,7 +48,10 @@ class Candidate(Frozen):
     speedup: float  # `score` over the baseline's
     ci: list[float]  # its interval; of the race where `raced`
     raced: bool = False  # True where both were measured in an interleaved race on the same prompts
-    living_share: float | None = None  # of the rows that were trained on while `skip_dead` left out the others
+    # share of completions that a step of `step_s` trains on while `skip_dead` leaves out the others, and seconds by
+    # which one is longer that trains on all than one that trains on none; None without it, or where nothing told them
+    living_share: float | None = None
+    living_s: float | None = None
     peak_bytes: int | None = None  # most memory
     # outcome of the step with the longest prompts, largest images and full-length completions
     worst_case: Literal["passed", "not run"] = "not run"

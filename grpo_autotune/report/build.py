@@ -21,7 +21,7 @@ STRAGGLER_SHARE = 0.05
 """A rank is named when it works longer than the others' mean by this share of the step."""
 AS_MEASURED = (
     *("fidelity", "engine", "startup", "images", "tokens", "profiled", "others", "rewards", "weight_sync_bytes"),
-    *("rank", "trainer", "versions", "runtime", "resample"),
+    *("rank", "trainer", "versions", "runtime", "resample", "living_shares"),
 )
 """Fields of a report that are the record's."""
 TRAINED = ("policy_logprob", "backward", "optimizer")

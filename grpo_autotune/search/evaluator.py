@@ -95,9 +95,11 @@ class Evaluator:
         second = self.spec("timed", rival.knobs, limit_s, steps=1, source="race")
         second = second.model_copy(update={"number": first.number + 1})
         outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
-        for spec, outcome in zip((first, second), outcomes, strict=True):
-            self.record(spec, outcome)
-        return outcomes[0], outcomes[1]
+        sides = zip((before, rival), outcomes, strict=True)
+        one, other = (evened(self.board, side.knobs, outcome) for side, outcome in sides)
+        self.record(first, one)
+        self.record(second, other)
+        return one, other
 
     def timed(self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None) -> Entry | None:
         """Measure a combination alone in at most `room_s` seconds; None where it did not end well."""
@@ -170,7 +172,7 @@ class Evaluator:
             if name_of(knobs) == name_of(self.board.baseline_knobs):
                 self.board.see_place(spec.place, outcome)
         slower = self.slower(spec.place)
-        outcome = _faster(outcome, slower)
+        outcome = evened(self.board, knobs, _faster(outcome, slower))
         if measured:
             entry = self.board.add(knobs, outcome, predicted_s, spec.place)
         self.models = self.models.learn(config, outcome)
@@ -249,6 +251,15 @@ def without_evaluations(outcome: TrialOutcome) -> TrialOutcome:
     )
     alone = row.model_copy(update={"per_step_s": rest, "parts": parts})
     return _timed_otherwise(outcome, step_s, [alone if one is row else one for one in record.timings.stages])
+
+
+def evened(board: Leaderboard, knobs: Knobs, outcome: TrialOutcome) -> TrialOutcome:
+    """An outcome with the seconds of its steps as if each had trained on the share of its completions that is expected
+    to be in groups with a spread of rewards; as it is where no spread was seen. What it shows of that is learnt."""
+    board.rows.learn(knobs, outcome)
+    if board.living is None:
+        return outcome
+    return board.rows.at(board.living.share(board.config_of(knobs).batch.num_generations), knobs, outcome)
 
 
 def _faster(outcome: TrialOutcome, factor: float) -> TrialOutcome:

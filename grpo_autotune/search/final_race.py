@@ -102,8 +102,7 @@ def _results(
                 folder.keep_race(RaceRow(before=before.knobs, rival=rival.knobs, fails=failed))
                 board.update(rival, fails=failed, race=None)
             return
-        living = other.record.living_share if other.record else rival.living_share
-        rival = board.add_peak(rival, other.peak_bytes, living_share=living)
+        rival = board.add_peak(rival, other.peak_bytes)
         pairs += zip(one.step_s, other.step_s, strict=False)  # the last round may have been cut short
         if len(pairs) < LEAST_ROUNDS:
             return

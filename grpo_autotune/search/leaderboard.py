@@ -24,7 +24,7 @@ from grpo_autotune.predict.objective import (
 from grpo_autotune.records.probe import ProbeRecord, cycle_means
 from grpo_autotune.records.search import Guard
 from grpo_autotune.records.trial import TrialOutcome
-from grpo_autotune.search.pace import Pace
+from grpo_autotune.search.comparable import LivingRows, Pace
 from grpo_autotune.search.study import differing, distance, name_of
 
 Level = Literal["exact", "tuned", "open", "fast"]
@@ -63,7 +63,6 @@ class Entry:
     stages_s: Mapping[str, float] = field(default_factory=dict)
     aside_s: float = 0.0  # seconds per step that the run's evaluations and checkpoints take
     asides_s: list[float] = field(default_factory=list)  # the same beside each measured step, by its own stages
-    living_share: float | None = None  # of the rows that were trained on while `skip_dead` left out the others
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None  # reason why it may not win
@@ -84,6 +83,7 @@ class Leaderboard:
     record: ProbeRecord
     evaluation_s: float = 0.0  # seconds per step that evaluations take as the user has them
     saving_s: float = 0.0  # seconds per step that checkpoints take
+    rows: LivingRows = field(default_factory=LivingRows)
     pace: Pace = field(default_factory=Pace)
     paces: dict[str, Pace] = field(default_factory=dict)  # of each worker's place, over the machine's first
     living: Living | None = field(init=False)  # None where no spread of rewards was seen
@@ -159,8 +159,7 @@ class Leaderboard:
         return self.living is None and GROUP in self.changed(knobs)
 
     def loses_groups(self, knobs: Knobs) -> bool:
-        """True where a step would have fewer living groups than the user's: its gradient comes from fewer prompts,
-        which nothing that is measured here outweighs."""
+        """True where a step would have fewer living groups than the user's, which nothing measured here outweighs."""
         if self.living is None or GROUP not in self.changed(knobs) or GROUP in self.config.search.accept:
             return False
         return self.living_groups(self.config_of(knobs)) < (1.0 - 1e-9) * self.living_groups(self.config)
@@ -209,7 +208,6 @@ class Leaderboard:
             stages_s=stages_s,
             aside_s=self.apart_s(stages_s),
             asides_s=asides_s,
-            living_share=outcome.record.living_share if outcome.record else None,
             place=place,
         )
         self.entries[name_of(knobs)] = entry

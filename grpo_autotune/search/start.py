@@ -17,7 +17,7 @@ from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOut
 from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Pool
 from grpo_autotune.search.budget import END_SHARE, Budget
-from grpo_autotune.search.evaluator import Evaluator, without_evaluations
+from grpo_autotune.search.evaluator import Evaluator, evened, without_evaluations
 from grpo_autotune.search.final_race import is_told
 from grpo_autotune.search.folder import fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials
@@ -79,7 +79,8 @@ def open_search(
     outcome = without_evaluations(outcome)
     record = outcome.record or record
     board = Leaderboard(config, dict(axes.baseline), record, evaluation_s, saving_s)
-    models = fit(config, record, task.machine, outcome)
+    outcome = evened(board, board.baseline_knobs, outcome)
+    models = fit(config, outcome.record or record, task.machine, outcome)
     return Evaluator(log, board, models, study, outcome), Pool(axes, config, task.machine)
 
 
@@ -94,7 +95,10 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
     """Learn from the trials and races of an earlier process, in their order; lost trials are run again."""
     board = evaluator.board
     for spec, outcome in recalled:
-        if outcome is None or spec.source == "race":
+        if outcome is None:
+            continue
+        if spec.source == "race":
+            evened(board, evaluator.knobs_of(spec), outcome)
             continue
         evaluator.relearn(spec, outcome)
         if spec.purpose == "rewards" and outcome.rewards:

@@ -79,6 +79,9 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
     step, baseline = entry.step, board.baseline.step
     if entry.race is not None:
         step, baseline = entry.race.step, entry.race.baseline_step
+    living_s, even = board.rows.slope_s(entry.knobs), None
+    if living_s is not None and board.living is not None:
+        even = board.living.share(entry.config.batch.num_generations)
     return _candidate(
         board,
         entry.knobs,
@@ -89,7 +92,8 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
         number=entry.number,
         predicted_s=entry.predicted_s,
         raced=entry.race is not None,
-        living_share=entry.living_share,
+        living_share=board.rows.seen(entry.knobs) if even is None else even,
+        living_s=living_s,
         peak_bytes=entry.peak_bytes,
         worst_case=entry.worst_case,
     )
@@ -158,11 +162,7 @@ def _notes(board: Leaderboard, best: Candidate) -> Iterator[str]:
             f"{board.living.share(group):.0%} of groups of {group} are expected to have any spread of rewards, "
             f"from the pass rates of {tokens.groups} groups of the probe."
         )
-    if best.living_share is not None and best.living_share < MANY:
-        yield (
-            f"The best trained on {best.living_share:.0%} of the completions while it was measured: skip_dead leaves "
-            "out groups without a spread of rewards. As training gives more groups one, a step takes longer."
-        )
+    yield from _living(board, best)
     yield from _evaluations(board)
     if len(board.pace.looks) > 1:
         least, most = (math.exp(end(log for _, log, _ in board.pace.looks)) for end in (min, max))
@@ -181,6 +181,28 @@ def _notes(board: Leaderboard, best: Candidate) -> Iterator[str]:
                 f"may not win. Your configuration took x {pace:.2f} of its first time there (far from 1: a busy "
                 "machine); a search on a quieter one may choose otherwise."
             )
+
+
+def _living(board: Leaderboard, best: Candidate) -> Iterator[str]:
+    """The share of completions that the best's seconds are of, and its seconds and speed-up once all train."""
+    if best.living_share is None or best.living_share >= MANY:
+        return
+    rest = 1.0 - best.living_share
+    if best.living_s is None:
+        yield (
+            f"The best trained on {best.living_share:.0%} of the completions while it was measured: skip_dead leaves "
+            "out groups without a spread of rewards. As training gives more groups one, a step takes longer."
+        )
+        return
+    run_s = board.useful(board.config_of(best.knobs)) / best.score
+    own_s, own_more_s = best.baseline_step_s + board.baseline.aside_s, board.rows.slope_s(board.baseline_knobs) or 0.0
+    speedup = best.speedup * (1.0 + rest * own_more_s / own_s) / (1.0 + rest * best.living_s / run_s)
+    yield (
+        f"skip_dead leaves out groups without a spread of rewards. Seconds are for {best.living_share:.0%} of the "
+        f"completions in others, as the probe's rewards let expect: a step of the best takes {best.step_s:.3g} s. As "
+        f"training gives more groups a spread it takes longer, {best.step_s + rest * best.living_s:.3g} s (x "
+        f"{speedup:.2f}) where all have one."
+    )
 
 
 def _workers(evaluator: Evaluator) -> Iterator[str]:

@@ -335,9 +335,9 @@ def test_work_that_a_speed_up_leaves_out_has_no_limit() -> None:
 
 
 def test_a_limit_counts_the_work_that_speed_ups_left() -> None:
-    def limits(speedups: dict[str, dict[str, float]]) -> dict[str, float]:
+    def limits(speedups: dict[str, dict[str, float]], **seen: Any) -> dict[str, float]:
         trainer = trainer_facts(model_config_json=FULL_SHAPE, peft=None, speedups=list(speedups), device="cuda")
-        record = demo_record(trainer=trainer, images=None, speedups=speedups)
+        record = demo_record(trainer=trainer, images=None, speedups=speedups, **seen)
         stages = build_report(record, ceilings=ceilings_of(1e15, 1e14)).stages
         return {row.name: row.limit_share for row in stages if row.limit_share is not None}
 
@@ -345,7 +345,7 @@ def test_a_limit_counts_the_work_that_speed_ups_left() -> None:
     half = limits({"shared_prefix": {"shared_passes": 4.0, "tokens": 500.0, "tokens_of_plain": 1000.0}})
     assert half.keys() == plain.keys() and half["generation"] == plain["generation"]
     assert 0.5 * plain["backward"] < half["backward"] < 0.7 * plain["backward"]
-    dead = limits({"skip_dead": {"rows": 8.0, "skipped_rows": 2.0}})
+    dead = limits({"skip_dead": {"rows": 8.0, "skipped_rows": 2.0}}, living_shares=[1.0, 0.5])
     assert dead["backward"] == pytest.approx(0.75 * plain["backward"])
     assert dead["reference_logprob"] == plain["reference_logprob"]
     shared = {"rows": 16.0, "prompts": 2.0, "row_steps": 50.0, "row_steps_of_plain": 100.0}

@@ -722,24 +722,6 @@ def test_no_spread_of_rewards_leaves_the_group_alone(tmp_path: Path) -> None:
     assert any("spread" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("on", "skipped", "told"), [(True, 75.0, True), (True, 5.0, False), (False, 75.0, False)])
-def test_groups_that_cost_nothing_now_are_told(tmp_path: Path, on: bool, skipped: float, told: bool) -> None:
-    def act(spec: TrialSpec) -> TrialOutcome:
-        outcome = paper.trials._measured(spec)
-        assert outcome.record is not None
-        counts = {"skip_dead": {"rows": 100.0, "skipped_rows": skipped}}
-        trainer = outcome.record.trainer.model_copy(update={"speedups": ["skip_dead"] if on else []})
-        record = outcome.record.model_copy(update={"speedups": counts, "trainer": trainer})
-        return outcome.model_copy(update={"record": record})
-
-    paper = Paper(tmp_path, act=act)
-    report = paper.search()
-    receipt = load_config(str(tmp_path / "tuned.yaml")).receipt
-    assert report.best.raced and receipt is not None
-    assert receipt.living_share == (pytest.approx(1.0 - skipped / 100.0) if on else None)
-    assert any("trained on 25% of the completions while it was measured" in note for note in report.notes) is told
-
-
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     calls = itertools.count()
 

@@ -19,10 +19,10 @@ from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.render.search import headline, render_search
 from grpo_autotune.search.ablation import contribution, contributions, exact_share
 from grpo_autotune.search.budget import Budget
+from grpo_autotune.search.comparable import Pace
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
 from grpo_autotune.search.final_race import race_s, rounds_that_fit
 from grpo_autotune.search.leaderboard import Leaderboard, RaceResult
-from grpo_autotune.search.pace import Pace
 from grpo_autotune.search.session import search
 from grpo_autotune.search.start import occasions_s
 from grpo_autotune.search.summary import _notes, candidate

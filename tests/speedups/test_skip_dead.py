@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo_autotune.probe.probe import Probe
 from grpo_autotune.seams.layers import INNER, AttributeSlot, wrap
 from tests.support.pairs import gap, patched, rewards_of, trained, weights_of
 from tests.support.trainers import SAME, make_trainer
@@ -227,3 +228,18 @@ def test_removal_leaves_nothing(tiny, tmp_path, text_rows):
     before = patched(trainer)
     speed_up(trainer, ["skip_dead"]).remove()
     assert patched(trainer) == before
+
+
+def test_a_probe_keeps_the_share_of_each_step_that_was_trained_on(tiny, tmp_path, text_rows):
+    def probed(names, reward):
+        probes = []
+        trained(
+            names, tiny("qwen3"), text_rows, tmp_path, change=lambda t: probes.append(Probe(t, warmup=1)),
+            rewards=[reward], lora=False, **{**BATCH, "max_steps": 3},
+        )  # fmt: skip
+        return probes[0].record()
+
+    record = probed(["skip_dead"], half_dead)
+    assert record.living_shares == [0.5, 0.5] and record.living_share == 0.5
+    assert probed(["skip_dead"], all_dead).living_shares == [0.0, 0.0]
+    assert probed([], half_dead).living_shares == [] and probed([], half_dead).living_share is None

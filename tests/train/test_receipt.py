@@ -11,6 +11,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
 from grpo_autotune.records.receipt import ChangedKnob, Receipt
 from grpo_autotune.train.runs.receipt_check import (
+    DEAD,
     WARMUP_STEPS,
     WATCHED_STEPS,
     SpeedWatch,
@@ -49,7 +50,7 @@ def watched(*cycle_s: float) -> list[str]:
     """What is said over a run whose steps take so long in turn, after a slow start."""
     now, said = [0.0], list[str]()
     watch = SpeedWatch(receipt(), said.append, lambda: now[0])
-    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"loss": 0.0}])
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"loss": 0.0}], global_step=0)
     args = SimpleNamespace(steps_per_generation=len(cycle_s), num_iterations=1, gradient_accumulation_steps=1)
     watch.on_train_begin(args, state, None)
     for step in range(WARMUP_STEPS + 3 * WATCHED_STEPS):
@@ -115,14 +116,33 @@ def test_groups_that_live_now_are_the_reason_for_longer_steps() -> None:
         assert other is not None and "answers of another length" in other
 
 
-def test_the_share_of_living_groups_is_that_of_the_log() -> None:
-    now, said = [0.0], list[str]()
-    watch = SpeedWatch(receipt(living_share=0.1), said.append, lambda: now[0])
-    rows = [{"frac_reward_zero_std": 0.5}, {"eval_loss": 1.0}, {"frac_reward_zero_std": 0.0}]
-    state = SimpleNamespace(is_world_process_zero=True, log_history=rows)
+def watched_living(tuned: Receipt, *steps: tuple[float, float], first: int = 0) -> list[str]:
+    """What is said over a run whose steps have such a share of groups with a spread, and take so long, in turn."""
+    now, said, rows = [0.0], list[str](), [{"step": 1, DEAD: 1.0}, {"step": 2, "eval_loss": 1.0}]
+    watch = SpeedWatch(tuned, said.append, lambda: now[0])
+    state = SimpleNamespace(is_world_process_zero=True, log_history=rows, global_step=first)
     args = SimpleNamespace(steps_per_generation=1, num_iterations=1, gradient_accumulation_steps=1)
     watch.on_train_begin(args, state, None)
-    for _ in range(WARMUP_STEPS + WATCHED_STEPS):
-        now[0] += 3.0
+    for step in range(WARMUP_STEPS + WATCHED_STEPS):
+        share, seconds = steps[step % len(steps)]
+        now[0] += seconds
+        state.global_step += 1
         watch.on_step_end(args, state, None)
-    assert ["75% of groups" in line for line in said] == [True]
+        rows.append({"step": state.global_step, DEAD: 1.0 - share})
+    return said
+
+
+def test_the_share_of_living_groups_is_that_of_the_watched_steps() -> None:
+    for first in (0, 40):  # of a run that goes on, the steps before tell nothing
+        (told,) = watched_living(receipt(living_share=0.1), (0.75, 3.0), first=first)
+        assert "75% of groups" in told
+
+
+def test_a_receipt_tells_the_seconds_of_any_share_of_living_groups() -> None:
+    tuned = receipt(living_share=0.2, living_s=2.0)  # 1.6 s where none lives, 3.6 s where all do
+    assert off_by(tuned, 2.8, 0.6) is None and off_by(tuned, 2.0, 0.2) is None and off_by(tuned, 2.0) is None
+    told = off_by(tuned, 3.5, 0.6)
+    assert told is not None and "25% more than the 2.8 s that the receipt tells for" in told and "60% of" in told
+    assert watched_living(tuned, (0.0, 1.6), (0.0, 1.6), (1.0, 3.6)) == [], "the median alone would be 22 % less"
+    (told,) = watched_living(tuned, (0.0, 2.4), (0.0, 2.4), (1.0, 4.4))
+    assert "a step takes 3.0" in told or "a step takes 2.9" in told

@@ -2,17 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from grpo_autotune.hardware import Machine
 from grpo_autotune.probe.trainer_facts import cycle_of
+from grpo_autotune.records.probe import cycle_means
 from grpo_autotune.records.receipt import Receipt
 
 TOLERANCE = 0.10
 """A live speed further off than this is told."""
+DEAD = "frac_reward_zero_std"
 SAME = 0.1
 """Shares of groups that differ by less explain nothing."""
 WARMUP_STEPS = 2
@@ -58,40 +60,54 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         self, receipt: Receipt, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._receipt, self._say, self._clock = receipt, say, clock
-        self._steps_s: list[float] = []
+        self._steps: list[tuple[int, float]] = []  # number and seconds
         self._last_s: float | None = None
         self._seen, self._cycle = 0, 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_s, self._seen, self._cycle = self._clock(), 0, cycle_of(args)
-        self._steps_s.clear()
+        self._steps.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, self._seen = self._clock(), self._seen + 1
         if self._last_s is not None and self._seen > WARMUP_STEPS:
-            self._steps_s.append(now - self._last_s)
+            self._steps.append((state.global_step, now - self._last_s))
         self._last_s = now
-        steps, cycle = self._steps_s, self._cycle
-        if len(steps) == -(-WATCHED_STEPS // cycle) * cycle and state.is_world_process_zero:
-            means = [statistics.fmean(steps[at : at + cycle]) for at in range(0, len(steps), cycle)]
-            dead = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]
-            living = 1.0 - statistics.fmean(dead) if dead else None
-            sentence = off_by(self._receipt, statistics.median(means), living)
+        if len(self._steps) == -(-WATCHED_STEPS // self._cycle) * self._cycle and state.is_world_process_zero:
+            living = {row["step"]: 1.0 - row[DEAD] for row in state.log_history if DEAD in row}
+            step_s, share = typical(self._steps, self._cycle, living, self._receipt.living_s or 0.0)
+            sentence = off_by(self._receipt, step_s, share)
             if sentence is not None:
                 self._say(sentence)
+
+
+def typical(
+    steps: Sequence[tuple[int, float]], cycle: int, living: Mapping[int, float], living_s: float
+) -> tuple[float, float | None]:
+    """Median seconds of a step, each as if it had the mean share of groups whose rewards differ, and that share; None
+    where the log tells it of no step. `living_s` is by how much a step with all of them is longer than one with none.
+    """
+    seen = [living[number] for number, _ in steps if number in living]
+    share = statistics.fmean(seen) if seen else None
+    evened = [s if share is None else s - living_s * (living.get(number, share) - share) for number, s in steps]
+    return statistics.median(cycle_means(evened, cycle)), share
 
 
 def off_by(receipt: Receipt, step_s: float, living: float | None = None) -> str | None:
     """The sentence for a live speed; None where it is as the receipt says. `living` is the share of groups whose
     rewards differ."""
-    ratio = step_s / receipt.step_s
+    expected_s, said, before = receipt.step_s, "of the receipt", receipt.living_share
+    why = "answers of another length, a machine busier or idler than then, or another configuration"
+    more = 0.0 if living is None or before is None else living - before
+    if more and receipt.living_s is not None:
+        expected_s += more * receipt.living_s
+        said = f"that the receipt tells for a spread of rewards in {living:.0%} of groups"
+    elif abs(more) > SAME and (more > 0.0) == (step_s > expected_s):
+        why = f"{living:.0%} of groups have a spread of rewards, {before:.0%} then, and skip_dead leaves out the others"
+    ratio = step_s / expected_s
     if abs(ratio - 1.0) <= TOLERANCE:
         return None
-    why = "answers of another length, a machine busier or idler than then, or another configuration"
-    before = receipt.living_share
-    if living is not None and before is not None and (ratio > 1.0) == (living > before) and abs(living - before) > SAME:
-        why = f"{living:.0%} of groups have a spread of rewards, {before:.0%} then, and skip_dead leaves out the others"
     return (
         f"a step takes {step_s:.3g} s here, {abs(ratio - 1.0):.0%} {'more' if ratio > 1.0 else 'less'} than the "
-        f"{receipt.step_s:.3g} s of the receipt: {why}"
+        f"{expected_s:.3g} s {said}: {why}"
     )

@@ -1,0 +1,174 @@
+"""Steps that train on other shares of their completions: the line of their seconds, and one share for all."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_autotune.config.schema import RunConfig, load_config
+from grpo_autotune.predict.objective import living_of
+from grpo_autotune.records.probe import StageTimings
+from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.records.search import SearchReport
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
+from grpo_autotune.search.comparable import LivingRows
+from tests.search.test_session import Paper
+from tests.support.paper_machine import record_of, seconds, user_config
+from tests.support.sample_records import timings, token_facts
+
+MICRO = "grpo.per_device_train_batch_size"
+OWN = {MICRO: 2}
+
+
+def outcome_of(
+    shares: list[float], *, rest_s: float = 2.0, old_s: float = 0.5, none_s: float = 0.2, slope_s: float = 3.0
+) -> TrialOutcome:
+    """Steps of `rest_s` besides a first pass over all rows, and a training pass that costs the more the more rows live:
+    two parts of three of it backward."""
+    passes = [none_s + slope_s * share for share in shares]
+    whole = timings({"generation": rest_s})
+    spent = {
+        "generation": [rest_s] * len(shares),
+        "policy_logprob": [old_s + s / 3.0 for s in passes],
+        "backward": [2.0 * s / 3.0 for s in passes],
+    }
+    parts = {"policy_logprob": {"old_policy": [old_s] * len(shares), "training_forward": [s / 3.0 for s in passes]}}
+    rows = [
+        row.model_copy(
+            update={"per_step_s": spent.get(row.name, [0.0] * len(shares)), "parts": parts.get(row.name, {})}
+        )
+        for row in whole.stages
+    ]
+    step_s = [rest_s + old_s + s for s in passes]
+    whole = StageTimings(steps=list(range(len(shares))), step_s=step_s, stages=rows)
+    record = record_of(user_config()).model_copy(update={"timings": whole, "living_shares": shares})
+    return TrialOutcome(number=1, status="ok", record=record, step_s=step_s)
+
+
+def seen(rows: LivingRows, knobs: dict[str, Any], *outcomes: TrialOutcome) -> LivingRows:
+    for outcome in outcomes:
+        rows.learn(knobs, outcome)
+    return rows
+
+
+def stage(outcome: TrialOutcome, name: str) -> Any:
+    assert outcome.record is not None
+    return next(row for row in outcome.record.timings.stages if row.name == name)
+
+
+def test_all_steps_are_brought_to_one_share_and_the_stages_with_them() -> None:
+    outcome = outcome_of([0.0, 0.5, 1.0, 0.25], none_s=0.0)
+    rows = seen(LivingRows(), OWN, outcome)
+    assert rows.slope_s(OWN) == pytest.approx(3.0) and rows.seen(OWN) == pytest.approx(0.4375)
+    even = rows.at(0.5, OWN, outcome)
+    assert even.record is not None and even.record.living_share == 0.5
+    living = [1, 2, 3]  # the first has no pass to stretch
+    assert [even.step_s[n] for n in living] == pytest.approx([2.0 + 0.5 + 1.5] * 3)
+    assert even.record.timings.step_s == even.step_s and outcome.step_s[2] == 5.5, "the measured one is as it was"
+    assert [stage(even, "backward").per_step_s[n] for n in living] == pytest.approx([1.0] * 3)
+    policy = stage(even, "policy_logprob")
+    assert [policy.per_step_s[n] for n in living] == pytest.approx([1.0] * 3) and policy.parts["old_policy"] == [
+        0.5
+    ] * 4
+    assert [policy.parts["training_forward"][n] for n in living] == pytest.approx([0.5] * 3)
+    assert stage(even, "generation").per_step_s == [2.0] * 4
+    for n, step_s in enumerate(even.step_s):
+        assert step_s == pytest.approx(sum(row.per_step_s[n] for row in even.record.timings.stages))
+
+
+def test_what_a_step_without_living_rows_takes_is_no_part_of_the_slope() -> None:
+    outcomes = [outcome_of([share, 0.5, 0.0], none_s=0.4) for share in (0.0, 1.0, 0.5, 0.0, 1.0)]
+    rows = seen(LivingRows(), OWN, *outcomes)
+    assert rows.slope_s(OWN) == pytest.approx(3.0, rel=0.06)
+    middles = [statistics.median(rows.at(0.3, OWN, outcome).step_s) for outcome in outcomes]
+    assert middles == pytest.approx([2.0 + 0.5 + 0.4 + 0.9] * 5, rel=0.02)
+
+
+def test_noise_makes_no_part_negative() -> None:
+    rows = seen(LivingRows(), OWN, outcome_of([0.48, 0.52], slope_s=-3.0, none_s=4.0))
+    assert 0.0 <= (rows.slope_s(OWN) or -1.0) <= 5.3, "the pass takes 2.5 s: no more than in proportion"
+
+
+def test_a_combination_whose_steps_trained_on_nothing_is_known_by_the_nearest() -> None:
+    near, far = {**OWN, MICRO: 4}, {**OWN, MICRO: 16, "grpo.gradient_checkpointing": False}
+    rows, dead = LivingRows(), outcome_of([0.0, 0.0])
+    rows.learn(OWN, dead)
+    assert rows.slope_s(OWN) is None and rows.at(0.5, OWN, dead) is dead and rows.seen(OWN) == 0.0
+    rows.learn(far, outcome_of([0.5, 1.0], slope_s=9.0, none_s=0.0))
+    assert rows.slope_s(OWN) == pytest.approx(9.0)
+    rows.learn(near, outcome_of([0.5, 1.0], slope_s=4.0, none_s=0.0))
+    assert rows.slope_s(OWN) == pytest.approx(4.0)
+    assert rows.at(0.5, OWN, dead).step_s == pytest.approx([2.0 + 0.5 + 0.2 + 2.0] * 2)
+
+
+def test_without_the_speed_up_nothing_is_moved() -> None:
+    outcome = outcome_of([])
+    rows = seen(LivingRows(), OWN, outcome, TrialOutcome(number=2, status="crashed"))
+    assert rows.slope_s(OWN) is None and rows.seen(OWN) is None and rows.at(0.5, OWN, outcome) is outcome
+    rows.learn({MICRO: 4}, outcome_of([1.0]))
+    assert rows.slope_s(OWN) is None, "another's does not make it one that leaves rows out"
+
+
+RATES = [0.0] * 16 + [count / 8 for count in (1, 2, 3, 4, 5, 2, 6, 3)] * 2
+PROBED = token_facts(groups=len(RATES), dead_groups=16, pass_rates=RATES)
+
+
+def living(paper: Paper, spec: TrialSpec, share: Callable[[], float]) -> TrialOutcome:
+    """A measured trial whose steps leave rows out unless they are the user's: half of the seconds of a step that
+    trains on all rows is generation, and the rest follows the share. Half of the probe's groups have a spread."""
+    outcome, config = paper.trials._measured(spec), RunConfig.from_dict(spec.config)
+    if outcome.record is None or not outcome.step_s:
+        return outcome
+    record = outcome.record.model_copy(update={"tokens": PROBED})
+    if config.batch.micro_batch == 2:
+        return outcome.model_copy(update={"record": record})
+    half_s, shares = 0.5 * seconds(config), [share() for _ in outcome.step_s]
+    made = outcome_of(shares, rest_s=half_s, old_s=0.0, none_s=0.02 * half_s, slope_s=half_s)
+    assert made.record is not None
+    record = record.model_copy(update={"timings": made.record.timings, "living_shares": shares})
+    return outcome.model_copy(update={"record": record, "step_s": made.step_s})
+
+
+def searched(folder: Path, share: Callable[[], float]) -> tuple[SearchReport, Receipt]:
+    paper = Paper(folder, act=lambda spec: living(paper, spec, share))
+    report = paper.search(600.0)
+    receipt = load_config(str(folder / "tuned.yaml")).receipt
+    assert report.best.raced and MICRO in report.best.changed and receipt is not None
+    return report, receipt
+
+
+def test_a_search_tells_the_seconds_of_the_share_that_the_rewards_let_expect(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    report, receipt = searched(tmp_path, lambda: float(random.choice([0.0, 0.5, 1.0])))
+    half_s = 0.5 * seconds(load_config(str(tmp_path / "tuned.yaml")))
+    expected = living_of(record_of(user_config()).model_copy(update={"tokens": PROBED}))
+    assert expected is not None and receipt.living_share == pytest.approx(expected.share(8))
+    assert receipt.living_s == pytest.approx(half_s, rel=0.05)
+    assert receipt.step_s == pytest.approx(half_s * (1.02 + receipt.living_share), rel=0.03)
+    assert receipt.step_s_high - receipt.step_s_low < 0.1 * half_s, "which rows lived is no noise"
+    assert report.best.speedup == pytest.approx(receipt.baseline_step_s / receipt.step_s, rel=0.05)
+    (told,) = (note for note in report.notes if "skip_dead leaves out" in note)
+    assert f"{receipt.living_share:.0%} of the completions" in told
+    slowest_s = receipt.step_s + (1.0 - receipt.living_share) * receipt.living_s
+    assert f"{slowest_s:.3g} s (x {receipt.baseline_step_s / slowest_s:.2f}) where all have one" in told
+
+
+def test_without_a_step_that_trained_the_share_is_told_and_nothing_made_up(tmp_path: Path) -> None:
+    report, receipt = searched(tmp_path, lambda: 0.0)
+    assert receipt.living_share == 0.0 and receipt.living_s is None
+    assert any("trained on 0% of the completions while it was measured" in note for note in report.notes)
+
+
+def test_a_search_that_goes_on_after_its_race_knows_the_same(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    first, receipt = searched(tmp_path, lambda: float(random.choice([0.0, 0.5, 1.0])))
+    paper = Paper(tmp_path)
+    paper.trials.act = lambda spec: living(paper, spec, lambda: 0.5)
+    again = paper.search(600.0, resume=True)
+    assert (again.best.living_share, again.best.step_s) == (first.best.living_share, first.best.step_s)
+    assert again.best.living_s == pytest.approx(receipt.living_s)
