@@ -3,10 +3,10 @@
     python -m benchmarks.search_real [FOLDER] [--seeds 0 1 2] [--busy] [--name search_real]
 
 Each seed searches from SmolLM2-135M at micro batches of two, with gradient checkpointing and no speed-ups, and then
-probes 20 steps of its `tuned.yaml`, whose seconds are held against the receipt's for their share of groups with a
-spread of rewards (`receipt_s`). With `--busy` another process keeps
-the last core busy all the while. `FOLDER` keeps searches and probes: what is there is not run again. Needs
-`examples/smollm2.py`'s model, a wheel on the package index.
+probes 20 steps of its `tuned.yaml`. Their seconds, brought to the mean share of completions that they train on, are
+held against the receipt's for that share (`receipt_s`); their two halves tell by how much one configuration differs
+from itself. With `--busy` another process keeps the last core busy all the while. `FOLDER` keeps searches and probes:
+what is there is not run again. Needs `examples/smollm2.py`'s model, a wheel on the package index.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.result import ratio, write
@@ -26,7 +27,6 @@ from examples.smollm2 import ROOT, model_folder
 from grpo_autotune.config.schema import load_config
 from grpo_autotune.report.files import REPORT_FILE
 from grpo_autotune.search.folder import SearchFolder, load_search
-from grpo_autotune.train.runs.receipt_check import typical
 
 BUDGET = "12m"
 STEPS_AFTERWARDS = 20
@@ -53,6 +53,7 @@ def main() -> None:
             rows.append(_searched(asked.folder / str(seed), seed))
         ratios = {
             "probe afterwards over receipt": ratio([row["afterwards_s"] / row["receipt_s"] for row in rows]),
+            "second half afterwards over first": ratio([row["halves_s"][1] / row["halves_s"][0] for row in rows]),
             "speedup": ratio([row["speedup"] for row in rows]),
             "model error, median": ratio([row["model_error"]["step"]["median"] for row in rows]),
             "model error, p90": ratio([row["model_error"]["step"]["p90"] for row in rows]),
@@ -90,15 +91,19 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
         _told(["probe", str(tuned), "--steps", str(STEPS_AFTERWARDS), "--out", str(after)])
     report = load_search(place.path)
     probed = json.loads((after / REPORT_FILE).read_text())
-    best, living = report.best, dict(enumerate(probed["living_shares"]))
-    afterwards_s, share = typical(list(enumerate(probed["step_seconds"])), 1, living, best.living_s or 0.0)
-    more = 0.0 if share is None or best.living_share is None else share - best.living_share
+    best, shares, receipt = report.best, probed.get("living_shares", []), load_config(str(tuned)).receipt
+    assert receipt is not None
+    share, steps_s, slope_s = mean(shares) if shares else None, probed["step_seconds"], best.living_s or 0.0
+    moved = zip(steps_s, shares, strict=True) if share is not None else ()
+    alike_s = [seconds - slope_s * (was - share) for seconds, was in moved] or steps_s
+    half = len(alike_s) // 2
     return {
         "seed": seed, "winner": best.changed, "raced": best.raced, "speedup": best.speedup, "ci": best.ci,
         "step_s": best.step_s, "step_s_ci": best.step_s_ci, "living_share": best.living_share,
-        "living_s": best.living_s, "receipt_s": best.step_s + more * (best.living_s or 0.0),
-        "afterwards_s": afterwards_s, "living_share_afterwards": share, "steps_afterwards_s": probed["step_seconds"],
-        "living_shares_afterwards": probed["living_shares"],
+        "living_s": best.living_s, "receipt_s": receipt.step_s if share is None else receipt.seconds_at(share),
+        "afterwards_s": median(alike_s), "halves_s": [median(alike_s[:half]), median(alike_s[half:])],
+        "living_share_afterwards": share, "steps_afterwards_s": steps_s,
+        "living_shares_afterwards": shares,
         "own_step_s": report.baseline.step_s, "trials": len(report.trials), "ended": report.why_ended,
         "contributions": [one.model_dump(mode="json") for one in report.contributions],
         "model_error": {name: one.model_dump() for name, one in report.model_error.items()},

@@ -30,7 +30,7 @@ from grpo_autotune.render.plan import plan_page
 from grpo_autotune.report.configuration import changed_keys
 from grpo_autotune.report.files import REPORT_FILE, load_report
 from grpo_autotune.report.plan import CADENCES, Basis, plan_of
-from grpo_autotune.search.evaluator import without_evaluations
+from grpo_autotune.search.comparable import without_evaluations
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.units import duration, plural
 

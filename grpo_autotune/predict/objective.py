@@ -121,8 +121,13 @@ def living_ratio(record: ProbeRecord, before: int, after: int, confidence: float
 def useful_per_step(config: RunConfig, living: Living | None, truncated_share: float) -> float:
     """Useful completions per optimizer step; with unknown rewards every group counts as living."""
     size = config.batch.num_generations
-    masked = truncated_share if config.grpo.get("mask_truncated_completions") else 0.0
+    masked = masked_share(config, truncated_share)
     return useful_completions(groups_per_step(config), size, 1.0 if living is None else living.share(size), masked)
+
+
+def masked_share(config: RunConfig, truncated_share: float) -> float:
+    """Share of completions that the loss leaves out because they were cut off."""
+    return truncated_share if config.grpo.get("mask_truncated_completions") else 0.0
 
 
 def useful_completions(groups: float, size: int, living_share: float, masked_share: float) -> float:

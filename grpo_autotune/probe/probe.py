@@ -262,7 +262,7 @@ class Probe:
         return facts.model_copy(update={key: value for key, value in plain.items() if getattr(facts, key) is None})
 
     def _open(self, step: int) -> None:
-        self._last_step = step
+        self._last_step, self._rows = step, trained_rows(self.trainer)
         for remote in self.remote.values() if self.closed == self.warmup else ():
             remote.reset()
         self._sampler.start()
@@ -302,8 +302,7 @@ class Probe:
         if not self.closed:
             self.startup.first_step(stages_of(spans).self_s)
         self.closed += 1
-        before, self._rows = self._rows, trained_rows(self.trainer)
-        rows, skipped = (now - then for now, then in zip(self._rows, before, strict=True))
+        rows, skipped = (now - then for now, then in zip(trained_rows(self.trainer), self._rows, strict=True))
         self._living.append(1.0 - skipped / rows if rows > 0.0 else math.nan)
         self._pending.append(spans)
         timer = self.recorder.timer

@@ -107,7 +107,8 @@ def speedup_counts(trainer: Any) -> dict[str, dict[str, float]]:
 
 def trained_rows(trainer: Any) -> tuple[float, float]:
     """Completions that came to the training pass so far, and those that `skip_dead` left out of it; 0 without it."""
-    counts = speedup_counts(trainer).get("skip_dead", {})
+    on = getattr(trainer, SPEED_UPS, None)
+    counts = on.counts_of("skip_dead") if on is not None else {}
     return counts.get("rows", 0.0), counts.get("skipped_rows", 0.0)
 
 

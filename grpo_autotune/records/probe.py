@@ -41,6 +41,9 @@ NO_SIGNAL = {
 }
 """Cause of a step without a learning signal -> what was seen, and what to do."""
 
+TRAINED = ("policy_logprob", "backward")
+"""Stages that rows without a gradient are left out of, but for the part `old_policy` of the first."""
+
 SAVES_NOTHING = "save_strategy best saves after an evaluation, and eval_strategy is no: set one of them to steps"
 
 

@@ -70,13 +70,19 @@ class Receipt(_Part):
     """Confidence of the intervals."""
     living_share: float | None = None
     """Share of its completions that a step of `step_s` trains on, while `skip_dead` leaves out groups without a spread
-    of rewards: measured steps are brought to the share that the probe's rewards let expect."""
+    of rewards: with `living_s` the share that the probe's rewards let expect, else the mean over the measured steps."""
     living_s: float | None = None
-    """Seconds by which a step is longer where all groups have a spread of rewards than where none has; one with another
-    share takes `step_s + (share - living_share) * living_s`. Null without `skip_dead`, or where no step told it."""
+    """Seconds by which a step that trains on all its completions is longer than one that trains on none, by the steps
+    of this configuration or of the nearest; null without `skip_dead`, and where nothing told it."""
     peak_bytes: int | None = None
     """Most memory it took."""
     worst_case: Literal["passed", "not run"] = "not run"
     """The step with the longest prompts, the largest images and full-length completions."""
     changed: list[ChangedKnob] = []
     """What differs from that configuration."""
+
+    def seconds_at(self, share: float) -> float:
+        """Seconds of a step that trains on such a share of its completions; `step_s` where nothing tells more."""
+        if self.living_s is None or self.living_share is None:
+            return self.step_s
+        return self.step_s + (share - self.living_share) * self.living_s

@@ -103,7 +103,9 @@ class TrialOutcome(Frozen):
     why: str | None = None
     error_type: str | None = None  # name of the exception's class, where there was one
     record: ProbeRecord | None = None  # the probe's record; None where no step was measured
-    step_s: list[float] = []  # seconds of each measured step
+    step_s: list[float] = []  # seconds of each measured step, or of one in the mean of each round of a race
+    # share of the completions of each of them that were trained on (`ProbeRecord.living_shares`)
+    living_shares: list[float] = []
     # most memory over the trial: the resident set of the process, or on CUDA what tensors had and what was added
     # outside of the allocator (where memory ran out, all that the allocator held)
     peak_bytes: int | None = None

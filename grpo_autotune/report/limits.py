@@ -10,7 +10,7 @@ from grpo_autotune.estimate.passes import Work
 from grpo_autotune.estimate.shapes import ModelShape
 from grpo_autotune.hardware import Ceilings
 from grpo_autotune.probe.breakdown import Breakdown, Limit
-from grpo_autotune.records.probe import ProbeRecord
+from grpo_autotune.records.probe import TRAINED, ProbeRecord
 
 _PASSES = ("policy_logprob", "reference_logprob", "backward")
 WORK_LEFT_OUT = {
@@ -21,9 +21,6 @@ WORK_LEFT_OUT = {
     "merge_for_generation": ("generation",),
 }
 """Speed-up -> stages in which it computes less than plain TRL; how much less is in its own counts."""
-
-_TRAINED = ("policy_logprob", "backward")
-"""Stages that rows without a gradient are left out of."""
 
 
 def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | None) -> dict[str, Limit]:
@@ -43,7 +40,7 @@ def limits_of(record: ProbeRecord, breakdown: Breakdown, ceilings: Ceilings | No
     unknown = {stage for name in uncounted for stage in WORK_LEFT_OUT.get(name, ())}
     living = 1.0 if record.living_share is None else record.living_share
     limits = {
-        stage: limit_of(work * living if stage in _TRAINED else work, breakdown.seconds(stage), ceilings)
+        stage: limit_of(work * living if stage in TRAINED else work, breakdown.seconds(stage), ceilings)
         for stage, work in stage_work(shape, facts).items()
         if stage not in unknown
     }

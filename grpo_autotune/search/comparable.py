@@ -1,4 +1,5 @@
-"""Seconds that can be compared: at one pace of the machine, and of steps that train on one share of their completions.
+"""Seconds that can be compared: without evaluations, at one pace of the machine, of steps that train on one share of
+their completions.
 
 The pace is that of the user's configuration, measured again now and then. The share: `skip_dead` leaves groups without
 a spread of rewards out of the training pass, so a step's seconds follow the share of its completions that are left,
@@ -9,7 +10,6 @@ nothing for no rows.
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ from scipy.optimize import nnls
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.predict.objective import Interval
-from grpo_autotune.records.probe import ProbeRecord, StageRow
+from grpo_autotune.records.probe import TRAINED, ProbeRecord, StageRow
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.study import distance, name_of
 
-TRAINED, APART = ("policy_logprob", "backward"), "old_policy"
-"""Stages that rows without a gradient are left out of, but for that part of the first."""
+OLD_POLICY = "old_policy"
+"""Part of a stage of the training pass that computes all rows."""
 
 
 class Pace:
@@ -55,6 +55,18 @@ class _Step(NamedTuple):
     seconds: float  # of the training pass
 
 
+class _Line(NamedTuple):
+    """Seconds of the training pass over the share."""
+
+    none_s: float
+    slope_s: float
+
+    def pace_of(self, steps: Sequence[_Step]) -> float:
+        """Seconds of some steps over the line's: on another part of the machine, or at another time."""
+        expected_s = math.fsum(self.none_s + self.slope_s * step.share for step in steps)
+        return math.fsum(step.seconds for step in steps) / expected_s if expected_s > 0.0 else 1.0
+
+
 class LivingRows:
     """The measured steps of each combination with `skip_dead`, and the line through them."""
 
@@ -67,69 +79,116 @@ class LivingRows:
         if steps:
             self._steps.setdefault(name_of(knobs), (knobs, []))[1].extend(steps)
 
-    def seen(self, knobs: Knobs) -> float | None:
-        """Mean share that was trained on; None without `skip_dead`."""
-        _, steps = self._steps.get(name_of(knobs), (knobs, []))
-        return statistics.fmean(step.share for step in steps) if steps else None
-
     def slope_s(self, knobs: Knobs) -> float | None:
         """Seconds by which a step that trains on all its completions is longer than one that trains on none. Where no
         step trained on any, those of the nearest combination; None where no combination's did, or without `skip_dead`.
         """
+        line = self._line(knobs)
+        return None if line is None else line.slope_s
+
+    def _line(self, knobs: Knobs) -> _Line | None:
         if name_of(knobs) not in self._steps:
             return None
         known = [(distance(knobs, other), steps) for other, steps in self._steps.values() if _trains(steps)]
-        return _slope(min(known, key=lambda pair: pair[0])[1]) if known else None
+        return _line_through(min(known, key=lambda pair: pair[0])[1]) if known else None
 
     def at(self, share: float, knobs: Knobs, outcome: TrialOutcome) -> TrialOutcome:
         """A trial's outcome with the seconds of its steps, and of their stages, as if each had trained on `share` of
-        its completions; as it is where nothing tells how long that takes."""
-        slope_s, record = self.slope_s(knobs), outcome.record
+        its completions, at the pace of its training pass; as it is where nothing tells how long that takes."""
+        line, record = self._line(knobs), outcome.record
         steps = _steps_of(record) if record is not None else []
-        if slope_s is None or record is None or not steps:
+        if line is None or record is None or not steps or len(outcome.living_shares) != len(outcome.step_s):
             return outcome
-        factors = [max(0.0, 1.0 + slope_s * (share - one.share) / one.seconds) if one.seconds else 1.0 for one in steps]
-        timings = record.timings
-        step_s = [
-            s + one.seconds * (factor - 1.0) for s, one, factor in zip(timings.step_s, steps, factors, strict=True)
+        slope_s = line.slope_s * line.pace_of(steps)
+        step_s = [s + slope_s * (share - was) for s, was in zip(outcome.step_s, outcome.living_shares, strict=True)]
+        more_s, whole_s = [slope_s * (share - one.share) for one in steps], math.fsum(one.seconds for one in steps)
+        stages = [
+            _longer(row, [math.fsum(_in_training(row)) / whole_s * more for more in more_s])
+            if row.name in TRAINED and whole_s
+            else row
+            for row in record.timings.stages
         ]
-        stages = [_longer(row, factors) if row.name in TRAINED else row for row in timings.stages]
-        timings = timings.model_copy(update={"stages": stages, "step_s": step_s})
-        record = record.model_copy(update={"timings": timings, "living_shares": [share] * len(steps)})
-        return outcome.model_copy(update={"record": record, "step_s": step_s})
+        even = timed_otherwise(outcome, step_s, stages)
+        assert even.record is not None
+        shares = {"living_shares": [share] * len(steps)}
+        return even.model_copy(
+            update={"living_shares": [share] * len(step_s), "record": even.record.model_copy(update=shares)}
+        )
+
+
+def without_evaluations(outcome: TrialOutcome) -> TrialOutcome:
+    """An outcome without evaluations: a run has them at intervals of its own, which measured steps hit or miss."""
+    record = outcome.record
+    row = next((row for row in record.timings.stages if "evaluate" in row.parts), None) if record is not None else None
+    if record is None or row is None:
+        return outcome
+    parts = dict(row.parts)
+    spent = parts.pop("evaluate")
+    rest, step_s = (
+        [seconds - s for seconds, s in zip(values, spent, strict=True)]
+        for values in (row.per_step_s, record.timings.step_s)
+    )
+    alone = row.model_copy(update={"per_step_s": rest, "parts": parts})
+    return timed_otherwise(outcome, step_s, [alone if one is row else one for one in record.timings.stages])
+
+
+def faster(outcome: TrialOutcome, factor: float) -> TrialOutcome:
+    """An outcome with the seconds of its steps, and of their stages, over a factor."""
+    if outcome.record is None or factor == 1.0:
+        return outcome
+
+    def each(values: Sequence[float]) -> list[float]:
+        return [value / factor for value in values]
+
+    stages = [
+        row.model_copy(
+            update={"per_step_s": each(row.per_step_s), "parts": {name: each(s) for name, s in row.parts.items()}}
+        )
+        for row in outcome.record.timings.stages
+    ]
+    return timed_otherwise(outcome, each(outcome.step_s), stages)
+
+
+def timed_otherwise(outcome: TrialOutcome, step_s: list[float], stages: list[StageRow]) -> TrialOutcome:
+    """An outcome with other seconds; the record's steps keep theirs where a race has one of several steps."""
+    assert outcome.record is not None
+    timings = outcome.record.timings.model_copy(update={"stages": stages})
+    if len(step_s) == len(timings.steps):
+        timings = timings.model_copy(update={"step_s": step_s})
+    record = outcome.record.model_copy(update={"timings": timings})
+    return outcome.model_copy(update={"step_s": step_s, "record": record})
 
 
 def _steps_of(record: ProbeRecord) -> list[_Step]:
-    """The measured steps; empty without `skip_dead`."""
+    """The measured steps; empty without `skip_dead`, and where several ranks wait for the one with most rows left."""
     rows = [_in_training(row) for row in record.timings.stages if row.name in TRAINED and row.per_step_s]
-    if not rows or len(record.living_shares) != len(record.timings.step_s):
+    if not rows or not record.living_shares or record.trainer.world_size > 1:
         return []
     return [_Step(share, math.fsum(each)) for share, *each in zip(record.living_shares, *rows, strict=True)]
 
 
 def _in_training(row: StageRow) -> list[float]:
     """Seconds of each step that a stage spent in the training pass."""
-    apart = row.parts.get(APART, [0.0] * len(row.per_step_s))
+    apart = row.parts.get(OLD_POLICY, [0.0] * len(row.per_step_s))
     return [seconds - before for seconds, before in zip(row.per_step_s, apart, strict=True)]
 
 
-def _longer(row: StageRow, factors: Sequence[float]) -> StageRow:
-    """A stage whose seconds in the training pass are so many times as long in each step."""
+def _longer(row: StageRow, more_s: Sequence[float]) -> StageRow:
+    """A stage that is so much longer in each step, all of it in the training pass."""
 
-    def times(values: Sequence[float]) -> list[float]:
-        return [value * factor for value, factor in zip(values, factors, strict=True)]
+    def longer(values: Sequence[float]) -> list[float]:
+        return [max(0.0, value + more) for value, more in zip(values, more_s, strict=True)]
 
-    parts = {name: values if name == APART else times(values) for name, values in row.parts.items()}
-    each = zip(row.per_step_s, _in_training(row), factors, strict=True)
-    return row.model_copy(update={"per_step_s": [s + trained * (f - 1.0) for s, trained, f in each], "parts": parts})
+    parts = {name: values if name == OLD_POLICY else longer(values) for name, values in row.parts.items()}
+    return row.model_copy(update={"per_step_s": longer(row.per_step_s), "parts": parts})
 
 
 def _trains(steps: Sequence[_Step]) -> bool:
     return any(step.share > 0.0 for step in steps)
 
 
-def _slope(steps: Sequence[_Step]) -> float:
-    """Slope of the line through the steps and through nothing for no rows; none of its parts is negative."""
+def _line_through(steps: Sequence[_Step]) -> _Line:
+    """The line through the steps and through nothing for no rows; none of its parts is negative."""
     at, seconds = np.array([(1.0, step.share) for step in steps]), np.array([step.seconds for step in steps])
-    (_, slope), _ = nnls(np.vstack([at, (1.0, 0.0)]), np.append(seconds, 0.0))
-    return float(slope)
+    (none_s, slope_s), _ = nnls(np.vstack([at, (1.0, 0.0)]), np.append(seconds, 0.0))
+    return _Line(float(none_s), float(slope_s))

@@ -1,7 +1,6 @@
 """Evaluation of a combination: a trial within its limits, learnt by leaderboard, models and study."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,14 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.config.sections.checkpoints import CheckpointsSection
 from grpo_autotune.knobs import Knobs, knobs_of
 from grpo_autotune.predict.models import Models
+from grpo_autotune.predict.objective import masked_share
 from grpo_autotune.predict.workload import quantiles
-from grpo_autotune.records.probe import ProbeRecord, StageRow
+from grpo_autotune.records.probe import ProbeRecord
 from grpo_autotune.records.search import SearchProgress
 from grpo_autotune.records.trial import Purpose, TrialOutcome, TrialSpec
 from grpo_autotune.scripts.stand_in import overrides
 from grpo_autotune.search.budget import SURE
+from grpo_autotune.search.comparable import faster, without_evaluations
 from grpo_autotune.search.leaderboard import Entry, Leaderboard
 from grpo_autotune.search.study import Claim, Study, name_of
 from grpo_autotune.search.trial_log import Trial, TrialLog
@@ -170,9 +171,9 @@ class Evaluator:
             if not self.board.has_baseline:  # of an earlier process, whose own configuration was measured by the probe
                 self.adopt_probe(None)
             if name_of(knobs) == name_of(self.board.baseline_knobs):
-                self.board.see_place(spec.place, outcome)
+                self.board.see_place(spec.place, at_expected(self.board, knobs, outcome))
         slower = self.slower(spec.place)
-        outcome = evened(self.board, knobs, _faster(outcome, slower))
+        outcome = evened(self.board, knobs, faster(outcome, slower))
         if measured:
             entry = self.board.add(knobs, outcome, predicted_s, spec.place)
         self.models = self.models.learn(config, outcome)
@@ -237,53 +238,25 @@ class Evaluator:
             self.study.fail(claim, outcome.why or outcome.status, outcome.number)
 
 
-def without_evaluations(outcome: TrialOutcome) -> TrialOutcome:
-    """An outcome without evaluations: a run has them at intervals of its own, which measured steps hit or miss."""
-    record = outcome.record
-    row = next((row for row in record.timings.stages if "evaluate" in row.parts), None) if record is not None else None
-    if record is None or row is None:
-        return outcome
-    parts = dict(row.parts)
-    spent = parts.pop("evaluate")
-    rest, step_s = (
-        [seconds - s for seconds, s in zip(values, spent, strict=True)]
-        for values in (row.per_step_s, record.timings.step_s)
-    )
-    alone = row.model_copy(update={"per_step_s": rest, "parts": parts})
-    return _timed_otherwise(outcome, step_s, [alone if one is row else one for one in record.timings.stages])
-
-
 def evened(board: Leaderboard, knobs: Knobs, outcome: TrialOutcome) -> TrialOutcome:
-    """An outcome with the seconds of its steps as if each had trained on the share of its completions that is expected
-    to be in groups with a spread of rewards; as it is where no spread was seen. What it shows of that is learnt."""
+    """An outcome as if each step had trained on the share of its completions that is expected; what it shows of the
+    seconds that this takes is learnt first."""
     board.rows.learn(knobs, outcome)
+    return at_expected(board, knobs, outcome)
+
+
+def at_expected(board: Leaderboard, knobs: Knobs, outcome: TrialOutcome) -> TrialOutcome:
+    """The same by what was learnt before."""
+    share = expected_share(board, board.config_of(knobs))
+    return outcome if share is None else board.rows.at(share, knobs, outcome)
+
+
+def expected_share(board: Leaderboard, config: RunConfig) -> float | None:
+    """Share of completions in groups with a spread of rewards, and not masked; None where no spread was seen."""
     if board.living is None:
-        return outcome
-    return board.rows.at(board.living.share(board.config_of(knobs).batch.num_generations), knobs, outcome)
-
-
-def _faster(outcome: TrialOutcome, factor: float) -> TrialOutcome:
-    """An outcome with the seconds of its steps, and of their stages, over a factor."""
-    if outcome.record is None or factor == 1.0:
-        return outcome
-
-    def each(values: Sequence[float]) -> list[float]:
-        return [value / factor for value in values]
-
-    stages = [
-        row.model_copy(
-            update={"per_step_s": each(row.per_step_s), "parts": {name: each(s) for name, s in row.parts.items()}}
-        )
-        for row in outcome.record.timings.stages
-    ]
-    return _timed_otherwise(outcome, each(outcome.step_s), stages)
-
-
-def _timed_otherwise(outcome: TrialOutcome, step_s: list[float], stages: list[StageRow]) -> TrialOutcome:
-    assert outcome.record is not None
-    timings = outcome.record.timings.model_copy(update={"step_s": step_s, "stages": stages})
-    record = outcome.record.model_copy(update={"timings": timings})
-    return outcome.model_copy(update={"step_s": step_s, "record": record})
+        return None
+    truncated = board.record.tokens.truncated_share if board.record.tokens else 0.0
+    return board.living.share(config.batch.num_generations) * (1.0 - masked_share(config, truncated))
 
 
 def patience_s(expected_s: float, config: RunConfig) -> float:

@@ -102,7 +102,8 @@ def _results(
                 folder.keep_race(RaceRow(before=before.knobs, rival=rival.knobs, fails=failed))
                 board.update(rival, fails=failed, race=None)
             return
-        rival = board.add_peak(rival, other.peak_bytes)
+        living = other.record.living_share if other.record else rival.living_share
+        rival = board.add_peak(rival, other.peak_bytes, living_share=living)
         pairs += zip(one.step_s, other.step_s, strict=False)  # the last round may have been cut short
         if len(pairs) < LEAST_ROUNDS:
             return

@@ -63,6 +63,7 @@ class Entry:
     stages_s: Mapping[str, float] = field(default_factory=dict)
     aside_s: float = 0.0  # seconds per step that the run's evaluations and checkpoints take
     asides_s: list[float] = field(default_factory=list)  # the same beside each measured step, by its own stages
+    living_share: float | None = None  # that its steps, or the race's, are of: see `comparable`
     race: RaceResult | None = None
     worst_case: Literal["passed", "not run"] = "not run"
     fails: str | None = None  # reason why it may not win
@@ -208,6 +209,7 @@ class Leaderboard:
             stages_s=stages_s,
             aside_s=self.apart_s(stages_s),
             asides_s=asides_s,
+            living_share=outcome.record.living_share if outcome.record else None,
             place=place,
         )
         self.entries[name_of(knobs)] = entry

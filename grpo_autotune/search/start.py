@@ -17,7 +17,8 @@ from grpo_autotune.records.trial import LOG_FILE, SERVER_LOG, Progress, TrialOut
 from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Pool
 from grpo_autotune.search.budget import END_SHARE, Budget
-from grpo_autotune.search.evaluator import Evaluator, evened, without_evaluations
+from grpo_autotune.search.comparable import without_evaluations
+from grpo_autotune.search.evaluator import Evaluator, evened
 from grpo_autotune.search.final_race import is_told
 from grpo_autotune.search.folder import fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials
@@ -80,7 +81,8 @@ def open_search(
     record = outcome.record or record
     board = Leaderboard(config, dict(axes.baseline), record, evaluation_s, saving_s)
     outcome = evened(board, board.baseline_knobs, outcome)
-    models = fit(config, outcome.record or record, task.machine, outcome)
+    board.record = outcome.record or record
+    models = fit(config, board.record, task.machine, outcome)
     return Evaluator(log, board, models, study, outcome), Pool(axes, config, task.machine)
 
 
@@ -93,12 +95,13 @@ def refuse_server(config: RunConfig, places: Sequence[Place]) -> None:
 
 def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> None:
     """Learn from the trials and races of an earlier process, in their order; lost trials are run again."""
-    board = evaluator.board
+    board, shares = evaluator.board, dict[str, float | None]()
     for spec, outcome in recalled:
         if outcome is None:
             continue
         if spec.source == "race":
-            evened(board, evaluator.knobs_of(spec), outcome)
+            even = evened(board, knobs := evaluator.knobs_of(spec), outcome)
+            shares[name_of(knobs)] = even.record.living_share if even.record else None
             continue
         evaluator.relearn(spec, outcome)
         if spec.purpose == "rewards" and outcome.rewards:
@@ -114,7 +117,8 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
         if row.fails is not None:
             board.update(rival, fails=row.fails, race=None)
         elif before is board.baseline:
-            board.update(rival, race=RaceResult(speedup, step, before_step))
+            living = shares.get(name_of(rival.knobs), rival.living_share)
+            board.update(rival, race=RaceResult(speedup, step, before_step), living_share=living)
         elif is_told(speedup):
             board.note_pair(before, rival, speedup)
 

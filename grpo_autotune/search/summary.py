@@ -4,15 +4,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
 from grpo_autotune.predict.models import Models
-from grpo_autotune.predict.objective import Interval, step_interval, steps_between
+from grpo_autotune.predict.objective import Interval, Living, step_interval, steps_between
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
 from grpo_autotune.search.acquisition import Pool, run_s
-from grpo_autotune.search.evaluator import Evaluator
+from grpo_autotune.search.evaluator import Evaluator, expected_share
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
 from grpo_autotune.units import plural
 
@@ -79,9 +80,7 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
     step, baseline = entry.step, board.baseline.step
     if entry.race is not None:
         step, baseline = entry.race.step, entry.race.baseline_step
-    living_s, even = board.rows.slope_s(entry.knobs), None
-    if living_s is not None and board.living is not None:
-        even = board.living.share(entry.config.batch.num_generations)
+    is_even = math.isclose(expected_share(board, entry.config) or math.nan, entry.living_share or math.nan)
     return _candidate(
         board,
         entry.knobs,
@@ -92,8 +91,8 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
         number=entry.number,
         predicted_s=entry.predicted_s,
         raced=entry.race is not None,
-        living_share=board.rows.seen(entry.knobs) if even is None else even,
-        living_s=living_s,
+        living_share=entry.living_share,
+        living_s=board.rows.slope_s(entry.knobs) if is_even else None,
         peak_bytes=entry.peak_bytes,
         worst_case=entry.worst_case,
     )
@@ -184,25 +183,35 @@ def _notes(board: Leaderboard, best: Candidate) -> Iterator[str]:
 
 
 def _living(board: Leaderboard, best: Candidate) -> Iterator[str]:
-    """The share of completions that the best's seconds are of, and its seconds and speed-up once all train."""
-    if best.living_share is None or best.living_share >= MANY:
+    """The share of completions that the best's seconds are of, and its seconds and speed-up once all groups live."""
+    entry, living = board.entry(best.knobs), board.living
+    if best.living_share is None or best.living_share >= MANY or entry is None:
         return
-    rest = 1.0 - best.living_share
-    if best.living_s is None:
+    if best.living_s is None or living is None:
         yield (
             f"The best trained on {best.living_share:.0%} of the completions while it was measured: skip_dead leaves "
             "out groups without a spread of rewards. As training gives more groups one, a step takes longer."
         )
         return
-    run_s = board.useful(board.config_of(best.knobs)) / best.score
-    own_s, own_more_s = best.baseline_step_s + board.baseline.aside_s, board.rows.slope_s(board.baseline_knobs) or 0.0
-    speedup = best.speedup * (1.0 + rest * own_more_s / own_s) / (1.0 + rest * best.living_s / run_s)
+    own_slope_s = board.rows.slope_s(board.baseline_knobs) or 0.0
+    sides = (board.config, own_slope_s), (entry.config, best.living_s)
+    own_more_s, more_s = (slope_s * _rest(board, living, config) for config, slope_s in sides)
+    own_s, run_s = best.baseline_step_s + board.baseline.aside_s, best.step_s + entry.aside_s
+    speedup = best.speedup * (1.0 + own_more_s / own_s) / (1.0 + more_s / run_s)
+    own_living, now_living = (living.share(config.batch.num_generations) for config, _ in sides)
+    speedup *= own_living / now_living  # each group counts the same once all have one
     yield (
         f"skip_dead leaves out groups without a spread of rewards. Seconds are for {best.living_share:.0%} of the "
         f"completions in others, as the probe's rewards let expect: a step of the best takes {best.step_s:.3g} s. As "
-        f"training gives more groups a spread it takes longer, {best.step_s + rest * best.living_s:.3g} s (x "
-        f"{speedup:.2f}) where all have one."
+        f"training gives more groups a spread it takes longer, {best.step_s + more_s:.3g} s (x {speedup:.2f}) where "
+        "all have one."
     )
+
+
+def _rest(board: Leaderboard, living: Living, config: RunConfig) -> float:
+    """Share of completions by which a step would train on more if all groups had a spread of rewards."""
+    share = expected_share(board, config) or 0.0
+    return share / living.share(config.batch.num_generations) - share
 
 
 def _workers(evaluator: Evaluator) -> Iterator[str]:

@@ -138,7 +138,11 @@ class SpeedUps:
 
     def facts(self) -> dict[str, dict[str, float]]:
         """Counts of each installed speed-up's work so far."""
-        return {name: installed.facts() for name, installed in self._installed.items()}
+        return {name: self.counts_of(name) for name in self._installed}
+
+    def counts_of(self, name: str) -> dict[str, float]:
+        """Counts of one speed-up's work so far; empty where it is not on."""
+        return self._installed[name].facts() if name in self._installed else {}
 
     def remove(self) -> None:
         """Leave the trainer as it was; may be called twice."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
+import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,11 @@ from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.comparable import LivingRows
+from grpo_autotune.search.evaluator import expected_share
+from grpo_autotune.search.leaderboard import Leaderboard
 from tests.search.test_session import Paper
+from tests.search.test_workers import SLOWER
+from tests.search.test_workers import Paper as PaperWithWorkers
 from tests.support.paper_machine import record_of, seconds, user_config
 from tests.support.sample_records import timings, token_facts
 
@@ -47,7 +52,7 @@ def outcome_of(
     step_s = [rest_s + old_s + s for s in passes]
     whole = StageTimings(steps=list(range(len(shares))), step_s=step_s, stages=rows)
     record = record_of(user_config()).model_copy(update={"timings": whole, "living_shares": shares})
-    return TrialOutcome(number=1, status="ok", record=record, step_s=step_s)
+    return TrialOutcome(number=1, status="ok", record=record, step_s=step_s, living_shares=shares)
 
 
 def seen(rows: LivingRows, knobs: dict[str, Any], *outcomes: TrialOutcome) -> LivingRows:
@@ -64,28 +69,40 @@ def stage(outcome: TrialOutcome, name: str) -> Any:
 def test_all_steps_are_brought_to_one_share_and_the_stages_with_them() -> None:
     outcome = outcome_of([0.0, 0.5, 1.0, 0.25], none_s=0.0)
     rows = seen(LivingRows(), OWN, outcome)
-    assert rows.slope_s(OWN) == pytest.approx(3.0) and rows.seen(OWN) == pytest.approx(0.4375)
+    assert rows.slope_s(OWN) == pytest.approx(3.0)
     even = rows.at(0.5, OWN, outcome)
     assert even.record is not None and even.record.living_share == 0.5
-    living = [1, 2, 3]  # the first has no pass to stretch
-    assert [even.step_s[n] for n in living] == pytest.approx([2.0 + 0.5 + 1.5] * 3)
+    assert even.step_s == pytest.approx([2.0 + 0.5 + 1.5] * 4)
     assert even.record.timings.step_s == even.step_s and outcome.step_s[2] == 5.5, "the measured one is as it was"
-    assert [stage(even, "backward").per_step_s[n] for n in living] == pytest.approx([1.0] * 3)
     policy = stage(even, "policy_logprob")
-    assert [policy.per_step_s[n] for n in living] == pytest.approx([1.0] * 3) and policy.parts["old_policy"] == [
-        0.5
-    ] * 4
-    assert [policy.parts["training_forward"][n] for n in living] == pytest.approx([0.5] * 3)
+    assert stage(even, "backward").per_step_s == policy.per_step_s == pytest.approx([1.0] * 4)
+    assert policy.parts == {"old_policy": [0.5] * 4, "training_forward": pytest.approx([0.5] * 4)}
     assert stage(even, "generation").per_step_s == [2.0] * 4
-    for n, step_s in enumerate(even.step_s):
-        assert step_s == pytest.approx(sum(row.per_step_s[n] for row in even.record.timings.stages))
+
+
+def test_rounds_of_several_steps_are_brought_to_it_by_their_mean_share() -> None:
+    outcome = outcome_of([0.0, 0.5, 1.0, 0.5], none_s=0.0)
+    rows = seen(LivingRows(), OWN, outcome)
+    rounds = {"step_s": [mean(outcome.step_s[:2]), mean(outcome.step_s[2:])], "living_shares": [0.25, 0.75]}
+    even = rows.at(0.5, OWN, outcome.model_copy(update=rounds))
+    assert even.step_s == pytest.approx([4.0] * 2) and even.living_shares == [0.5] * 2
+    assert even.record is not None and even.record.living_share == 0.5 and len(even.record.timings.step_s) == 4
+
+
+def test_several_ranks_wait_for_the_one_with_most_rows() -> None:
+    outcome = outcome_of([0.0, 1.0])
+    assert outcome.record is not None
+    trainer = outcome.record.trainer.model_copy(update={"world_size": 2})
+    outcome = outcome.model_copy(update={"record": outcome.record.model_copy(update={"trainer": trainer})})
+    rows = seen(LivingRows(), OWN, outcome)
+    assert rows.slope_s(OWN) is None and rows.at(0.5, OWN, outcome) is outcome
 
 
 def test_what_a_step_without_living_rows_takes_is_no_part_of_the_slope() -> None:
     outcomes = [outcome_of([share, 0.5, 0.0], none_s=0.4) for share in (0.0, 1.0, 0.5, 0.0, 1.0)]
     rows = seen(LivingRows(), OWN, *outcomes)
     assert rows.slope_s(OWN) == pytest.approx(3.0, rel=0.06)
-    middles = [statistics.median(rows.at(0.3, OWN, outcome).step_s) for outcome in outcomes]
+    middles = [median(rows.at(0.3, OWN, outcome).step_s) for outcome in outcomes]
     assert middles == pytest.approx([2.0 + 0.5 + 0.4 + 0.9] * 5, rel=0.02)
 
 
@@ -98,7 +115,7 @@ def test_a_combination_whose_steps_trained_on_nothing_is_known_by_the_nearest() 
     near, far = {**OWN, MICRO: 4}, {**OWN, MICRO: 16, "grpo.gradient_checkpointing": False}
     rows, dead = LivingRows(), outcome_of([0.0, 0.0])
     rows.learn(OWN, dead)
-    assert rows.slope_s(OWN) is None and rows.at(0.5, OWN, dead) is dead and rows.seen(OWN) == 0.0
+    assert rows.slope_s(OWN) is None and rows.at(0.5, OWN, dead) is dead
     rows.learn(far, outcome_of([0.5, 1.0], slope_s=9.0, none_s=0.0))
     assert rows.slope_s(OWN) == pytest.approx(9.0)
     rows.learn(near, outcome_of([0.5, 1.0], slope_s=4.0, none_s=0.0))
@@ -109,7 +126,7 @@ def test_a_combination_whose_steps_trained_on_nothing_is_known_by_the_nearest() 
 def test_without_the_speed_up_nothing_is_moved() -> None:
     outcome = outcome_of([])
     rows = seen(LivingRows(), OWN, outcome, TrialOutcome(number=2, status="crashed"))
-    assert rows.slope_s(OWN) is None and rows.seen(OWN) is None and rows.at(0.5, OWN, outcome) is outcome
+    assert rows.slope_s(OWN) is None and rows.at(0.5, OWN, outcome) is outcome
     rows.learn({MICRO: 4}, outcome_of([1.0]))
     assert rows.slope_s(OWN) is None, "another's does not make it one that leaves rows out"
 
@@ -131,7 +148,7 @@ def living(paper: Paper, spec: TrialSpec, share: Callable[[], float]) -> TrialOu
     made = outcome_of(shares, rest_s=half_s, old_s=0.0, none_s=0.02 * half_s, slope_s=half_s)
     assert made.record is not None
     record = record.model_copy(update={"timings": made.record.timings, "living_shares": shares})
-    return outcome.model_copy(update={"record": record, "step_s": made.step_s})
+    return outcome.model_copy(update={"record": record, "step_s": made.step_s, "living_shares": shares})
 
 
 def searched(folder: Path, share: Callable[[], float]) -> tuple[SearchReport, Receipt]:
@@ -142,10 +159,14 @@ def searched(folder: Path, share: Callable[[], float]) -> tuple[SearchReport, Re
     return report, receipt
 
 
+def winner(folder: Path) -> RunConfig:
+    return load_config(str(folder / "tuned.yaml"))
+
+
 def test_a_search_tells_the_seconds_of_the_share_that_the_rewards_let_expect(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     report, receipt = searched(tmp_path, lambda: float(random.choice([0.0, 0.5, 1.0])))
-    half_s = 0.5 * seconds(load_config(str(tmp_path / "tuned.yaml")))
+    half_s = 0.5 * seconds(winner(tmp_path))
     expected = living_of(record_of(user_config()).model_copy(update={"tokens": PROBED}))
     assert expected is not None and receipt.living_share == pytest.approx(expected.share(8))
     assert receipt.living_s == pytest.approx(half_s, rel=0.05)
@@ -156,6 +177,40 @@ def test_a_search_tells_the_seconds_of_the_share_that_the_rewards_let_expect(tmp
     assert f"{receipt.living_share:.0%} of the completions" in told
     slowest_s = receipt.step_s + (1.0 - receipt.living_share) * receipt.living_s
     assert f"{slowest_s:.3g} s (x {receipt.baseline_step_s / slowest_s:.2f}) where all have one" in told
+
+
+def test_a_place_is_compared_at_one_share_with_the_whole_machine(tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+
+    def act(spec: TrialSpec) -> TrialOutcome:
+        slower = SLOWER.get(spec.place or "", 1.0)
+        outcome, half_s = paper.trials._measured(spec, slower), 0.5 * slower * seconds(RunConfig.from_dict(spec.config))
+        if outcome.record is None:
+            return outcome
+        shares = [float(random.choice([0.0, 0.5, 1.0])) for _ in outcome.step_s]
+        made = outcome_of(shares, rest_s=half_s, old_s=0.0, none_s=0.02 * half_s, slope_s=half_s)
+        assert made.record is not None
+        update = {"timings": made.record.timings, "living_shares": shares, "tokens": PROBED}
+        record = outcome.record.model_copy(update=update)
+        return outcome.model_copy(update={"record": record, "step_s": made.step_s, "living_shares": shares})
+
+    paper = PaperWithWorkers(tmp_path, act=act)
+    report = paper.search(400.0)
+    for place, slower in SLOWER.items():
+        told = re.search(rf"Worker on {place}: .* your configuration took x ([\d.]+) of", "\n".join(report.notes))
+        assert told is not None and float(told[1]) == pytest.approx(slower, rel=0.06)
+    assert report.best.raced and report.best.living_s == pytest.approx(0.5 * seconds(winner(tmp_path)), rel=0.06)
+
+
+def test_completions_that_are_masked_are_no_part_of_the_share() -> None:
+    own = user_config()
+    masked = own.model_copy(update={"grpo": own.grpo | {"mask_truncated_completions": True}})
+    record = record_of(masked)
+    tokens = PROBED.model_copy(update={"truncated_share": 0.5})
+    board = Leaderboard(masked, {}, record.model_copy(update={"tokens": tokens}))
+    assert board.living is not None
+    assert expected_share(board, masked) == pytest.approx(0.5 * board.living.share(8))
+    assert expected_share(board, own) == pytest.approx(board.living.share(8))
 
 
 def test_without_a_step_that_trained_the_share_is_told_and_nothing_made_up(tmp_path: Path) -> None:

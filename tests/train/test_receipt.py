@@ -116,19 +116,30 @@ def test_groups_that_live_now_are_the_reason_for_longer_steps() -> None:
         assert other is not None and "answers of another length" in other
 
 
-def watched_living(tuned: Receipt, *steps: tuple[float, float], first: int = 0) -> list[str]:
-    """What is said over a run whose steps have such a share of groups with a spread, and take so long, in turn."""
+def watched_living(
+    tuned: Receipt, *steps: tuple[float, float], first: int = 0, every: int = 1, cycle: int = 1, cut_off: float = 0.0
+) -> list[str]:
+    """What is said over a run whose steps train on such a share, and take so long, in turn; every so many steps the log
+    tells the share of the steps since the last, but of steps that generated alone."""
     now, said, rows = [0.0], list[str](), [{"step": 1, DEAD: 1.0}, {"step": 2, "eval_loss": 1.0}]
     watch = SpeedWatch(tuned, said.append, lambda: now[0])
     state = SimpleNamespace(is_world_process_zero=True, log_history=rows, global_step=first)
-    args = SimpleNamespace(steps_per_generation=1, num_iterations=1, gradient_accumulation_steps=1)
+    args = SimpleNamespace(
+        steps_per_generation=cycle, num_iterations=1, gradient_accumulation_steps=1,
+        mask_truncated_completions=cut_off > 0.0,
+    )  # fmt: skip
     watch.on_train_begin(args, state, None)
-    for step in range(WARMUP_STEPS + WATCHED_STEPS):
+    seen: list[float] = []
+    for step in range(WARMUP_STEPS + -(-WATCHED_STEPS // cycle) * cycle):
         share, seconds = steps[step % len(steps)]
         now[0] += seconds
         state.global_step += 1
         watch.on_step_end(args, state, None)
-        rows.append({"step": state.global_step, DEAD: 1.0 - share})
+        seen += [] if step % cycle else [share]
+        if state.global_step % every == 0:
+            row = {"step": state.global_step, "completions/clipped_ratio": cut_off}
+            rows.append(row | ({DEAD: 1.0 - sum(seen) / len(seen)} if seen else {}))
+            seen.clear()
     return said
 
 
@@ -138,11 +149,34 @@ def test_the_share_of_living_groups_is_that_of_the_watched_steps() -> None:
         assert "75% of groups" in told
 
 
+TUNED = {"living_share": 0.2, "living_s": 2.0}  # 1.6 s where none lives, 3.6 s where all do
+MIXED = (0.0, 1.6), (0.0, 1.6), (1.0, 3.6)
+
+
 def test_a_receipt_tells_the_seconds_of_any_share_of_living_groups() -> None:
-    tuned = receipt(living_share=0.2, living_s=2.0)  # 1.6 s where none lives, 3.6 s where all do
+    tuned = receipt(**TUNED)
     assert off_by(tuned, 2.8, 0.6) is None and off_by(tuned, 2.0, 0.2) is None and off_by(tuned, 2.0) is None
     told = off_by(tuned, 3.5, 0.6)
-    assert told is not None and "25% more than the 2.8 s that the receipt tells for" in told and "60% of" in told
-    assert watched_living(tuned, (0.0, 1.6), (0.0, 1.6), (1.0, 3.6)) == [], "the median alone would be 22 % less"
-    (told,) = watched_living(tuned, (0.0, 2.4), (0.0, 2.4), (1.0, 4.4))
+    assert told is not None and "25% more than the 2.8 s that the receipt tells where 60% of the completions" in told
+    assert watched_living(tuned, *MIXED) == [], "the median alone would be 22 % less"
+    (told,) = watched_living(tuned, *((share, seconds + 0.8) for share, seconds in MIXED))
     assert "a step takes 3.0" in told or "a step takes 2.9" in told
+
+
+@pytest.mark.parametrize("every", [3, 10])
+def test_a_log_that_leaves_steps_out_accuses_nobody(every: int) -> None:
+    assert watched_living(receipt(**TUNED), *MIXED, every=every) == []
+    (told,) = watched_living(receipt(**TUNED), (0.5, 4.5), every=every)
+    assert "25% more than the 3.6 s that the receipt tells where any share" in told
+    (told,) = watched_living(receipt(**TUNED), (0.5, 1.2), every=every)
+    assert "25% less than the 1.6 s" in told
+
+
+def test_steps_that_reuse_completions_train_on_the_share_of_those() -> None:
+    dead, alive = ((0.0, 2.6), (0.0, 0.6)), ((1.0, 4.6), (1.0, 2.6))
+    assert watched_living(receipt(**TUNED), *dead, *dead, *alive, cycle=2) == []
+
+
+def test_completions_that_are_masked_teach_nothing() -> None:
+    assert watched_living(receipt(**TUNED), (1.0, 2.6), cut_off=0.5) == []
+    assert "less than the 3.6 s" in watched_living(receipt(**TUNED), (1.0, 2.6))[0]

@@ -365,6 +365,17 @@ def test_a_race_without_room_for_both_is_none(tmp_path: Path, retries: int, stat
         assert race.lacked_memory(outcomes) is lacked
 
 
+def test_a_round_of_several_steps_has_the_mean_of_their_seconds_and_of_what_they_trained_on(tmp_path: Path) -> None:
+    outcome = TrialOutcome(
+        number=3, status="ok", step_s=[1.0, 3.0, 2.0, 4.0, 9.0], living_shares=[0.0, 1.0, 0.5, 1.0, 1.0]
+    )
+    with Race(tmp_path, [], time.monotonic, time.sleep, lambda *_: pytest.fail("no trial"), None) as race:
+        race._rounds, race._steps = 2, [[2, 4, 6, 7]]  # two steps to warm up, two rounds, and one broken off
+        (even,) = race.by_round([outcome])
+        (plain,) = race.by_round([outcome.model_copy(update={"living_shares": []})])
+    assert even.step_s == plain.step_s == [2.0, 3.0] and even.living_shares == [0.5, 0.75] and plain.living_shares == []
+
+
 def test_turns_of_trials_end_with_the_deadline_however_long_each_is() -> None:
     now, limits = [0.0], []
 
@@ -389,10 +400,12 @@ def test_one_after_another_where_memory_is_short() -> None:
 
     def run(spec: TrialSpec, watch: object) -> TrialOutcome:
         order.append(spec.number)
-        return TrialOutcome(number=spec.number, status="ok", step_s=[float(len(order)), float(len(order) + 1)])
+        steps = [float(len(order)), float(len(order) + 1)]
+        return TrialOutcome(number=spec.number, status="ok", step_s=steps, living_shares=[s / 8.0 for s in steps])
 
     specs = [TrialSpec(number=number, config={}) for number in (3, 4)]
     outcomes = one_after_another(run, specs, rounds=2, deadline_s=60)
     assert order == [3, 4, 4, 3]
     assert [outcome.step_s for outcome in outcomes] == [[1.5, 4.5], [2.5, 3.5]]
+    assert [outcome.living_shares for outcome in outcomes] == [[1.5 / 8, 4.5 / 8], [2.5 / 8, 3.5 / 8]]
     assert outcomes[0].notes == [ALONE]

@@ -14,7 +14,8 @@ from grpo_autotune.records.receipt import Receipt
 
 TOLERANCE = 0.10
 """A live speed further off than this is told."""
-DEAD = "frac_reward_zero_std"
+DEAD, CUT_OFF = "frac_reward_zero_std", "completions/clipped_ratio"
+"""Keys of TRL's log: share of groups without a spread of rewards, and of completions that were cut off."""
 SAME = 0.1
 """Shares of groups that differ by less explain nothing."""
 WARMUP_STEPS = 2
@@ -62,11 +63,12 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         self._receipt, self._say, self._clock = receipt, say, clock
         self._steps: list[tuple[int, float]] = []  # number and seconds
         self._last_s: float | None = None
-        self._seen, self._cycle = 0, 1
+        self._seen, self._cycle, self._masked = 0, 1, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_s, self._seen, self._cycle = self._clock(), 0, cycle_of(args)
         self._steps.clear()
+        self._masked = bool(getattr(args, "mask_truncated_completions", False))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, self._seen = self._clock(), self._seen + 1
@@ -74,34 +76,49 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
             self._steps.append((state.global_step, now - self._last_s))
         self._last_s = now
         if len(self._steps) == -(-WATCHED_STEPS // self._cycle) * self._cycle and state.is_world_process_zero:
-            living = {row["step"]: 1.0 - row[DEAD] for row in state.log_history if DEAD in row}
-            step_s, share = typical(self._steps, self._cycle, living, self._receipt.living_s or 0.0)
-            sentence = off_by(self._receipt, step_s, share)
+            log = [trained_share(row, masked=self._masked) for row in state.log_history if DEAD in row]
+            shares = shares_of(dict(log), [number for number, _ in self._steps], self._cycle)
+            step_s = typical([s for _, s in self._steps], self._cycle, shares, self._receipt.living_s or 0.0)
+            sentence = off_by(self._receipt, step_s, statistics.fmean(shares) if shares else None)
             if sentence is not None:
                 self._say(sentence)
 
 
-def typical(
-    steps: Sequence[tuple[int, float]], cycle: int, living: Mapping[int, float], living_s: float
-) -> tuple[float, float | None]:
-    """Median seconds of a step, each as if it had the mean share of groups whose rewards differ, and that share; None
-    where the log tells it of no step. `living_s` is by how much a step with all of them is longer than one with none.
-    """
-    seen = [living[number] for number, _ in steps if number in living]
-    share = statistics.fmean(seen) if seen else None
-    evened = [s if share is None else s - living_s * (living.get(number, share) - share) for number, s in steps]
-    return statistics.median(cycle_means(evened, cycle)), share
+def trained_share(row: Mapping[str, Any], *, masked: bool) -> tuple[int, float]:
+    """The step of a row of TRL's log, and the share of completions in groups with a spread of rewards; without those
+    that were cut off, where the loss masks them."""
+    return row["step"], (1.0 - row[DEAD]) * (1.0 - (row.get(CUT_OFF, 0.0) if masked else 0.0))
+
+
+def shares_of(logged: Mapping[int, float], steps: Sequence[int], cycle: int) -> list[float]:
+    """Share of completions that each step trains on, by the step that generated them. The last, which is not logged
+    yet, gets the mean; empty where the log leaves out others."""
+    each = [next((logged[n] for n in range(step, step - cycle, -1) if n in logged), None) for step in steps]
+    seen = [share for share in each if share is not None]
+    if not seen or len(seen) < len(steps) - 1:
+        return []
+    return [statistics.fmean(seen) if share is None else share for share in each]
+
+
+def typical(steps_s: Sequence[float], cycle: int, shares: Sequence[float], living_s: float) -> float:
+    """Median seconds of a step, or of a cycle's mean, each as if it had trained on the mean of the steps' `shares`;
+    `living_s` is by how much a step that trains on all its completions is longer than one that trains on none."""
+    mean = statistics.fmean(shares) if shares else 0.0
+    evened = [s - living_s * (was - mean) for s, was in zip(steps_s, shares or [mean] * len(steps_s), strict=True)]
+    return statistics.median(cycle_means(evened, cycle))
 
 
 def off_by(receipt: Receipt, step_s: float, living: float | None = None) -> str | None:
-    """The sentence for a live speed; None where it is as the receipt says. `living` is the share of groups whose
-    rewards differ."""
-    expected_s, said, before = receipt.step_s, "of the receipt", receipt.living_share
+    """The sentence for a live speed; None where it is as the receipt says. `living` is the share of completions that
+    are trained on; where that is unknown, any is taken that explains the speed."""
     why = "answers of another length, a machine busier or idler than then, or another configuration"
+    expected_s, said, before = receipt.step_s, "of the receipt", receipt.living_share
     more = 0.0 if living is None or before is None else living - before
-    if more and receipt.living_s is not None:
-        expected_s += more * receipt.living_s
-        said = f"that the receipt tells for a spread of rewards in {living:.0%} of groups"
+    if before is not None and receipt.living_s is not None:
+        nearest = sorted((receipt.seconds_at(0.0), step_s, receipt.seconds_at(1.0)))[1]
+        expected_s = nearest if living is None else receipt.seconds_at(living)
+        share = "any share" if living is None else f"{living:.0%}"
+        said = f"that the receipt tells where {share} of the completions teach something"
     elif abs(more) > SAME and (more > 0.0) == (step_s > expected_s):
         why = f"{living:.0%} of groups have a spread of rewards, {before:.0%} then, and skip_dead leaves out the others"
     ratio = step_s / expected_s

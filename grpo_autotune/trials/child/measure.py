@@ -25,6 +25,7 @@ class Measurement(NamedTuple):
 
     record: ProbeRecord | None = None
     step_s: tuple[float, ...] = ()
+    living_shares: tuple[float, ...] = ()
     rewards: tuple[PromptReward, ...] = ()
     lengths: tuple[list[int], ...] = ()
     notes: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ def _measure_steps(
     return Measurement(
         record,
         tuple(record.timings.step_s),
+        tuple(record.living_shares),
         lengths=tuple(lengths_seen(trainer, generations)) if spec.purpose == "probe" else (),
         notes=(*notes, *(fixed.notes if fixed else ())),
     )

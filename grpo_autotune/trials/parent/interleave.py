@@ -113,7 +113,12 @@ class Race(AbstractContextManager["Race"]):
     def by_round(self, outcomes: Sequence[TrialOutcome]) -> list[TrialOutcome]:
         """The outcomes with one mean per round in place of each step's seconds."""
         return [
-            outcome.model_copy(update={"step_s": self._means(outcome.step_s, self._steps[lane])})
+            outcome.model_copy(
+                update={
+                    "step_s": self._means(outcome.step_s, self._steps[lane]),
+                    "living_shares": self._means(outcome.living_shares, self._steps[lane]),
+                }
+            )
             for lane, outcome in enumerate(outcomes)
         ]
 
@@ -199,6 +204,7 @@ def _seconds(passed: float, elapsed_s: float) -> float:
 def _together(spec: TrialSpec, outcomes: Sequence[TrialOutcome]) -> TrialOutcome:
     if not outcomes:
         return TrialOutcome(number=spec.number, status="timeout", why="no time was left for a round", notes=[ALONE])
-    means = [fmean(outcome.step_s) for outcome in outcomes if outcome.status == "ok" and outcome.step_s]
-    last = outcomes[-1]
-    return last.model_copy(update={"step_s": means, "notes": [*last.notes, ALONE]})
+    blocks, last = [outcome for outcome in outcomes if outcome.status == "ok" and outcome.step_s], outcomes[-1]
+    shares = [fmean(block.living_shares) for block in blocks if block.living_shares]
+    rounds = {"step_s": [fmean(block.step_s) for block in blocks], "living_shares": shares}
+    return last.model_copy(update={**rounds, "notes": [*last.notes, ALONE]})
