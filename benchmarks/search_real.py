@@ -19,14 +19,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from benchmarks.result import ratio, write
 from examples.smollm2 import ROOT, model_folder
 from grpo_autotune.config.schema import load_config
+from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.report.files import REPORT_FILE
 from grpo_autotune.search.folder import SearchFolder, load_search
+from grpo_autotune.train.runs.receipt_check import typical
 
 BUDGET = "12m"
 STEPS_AFTERWARDS = 20
@@ -53,7 +55,7 @@ def main() -> None:
             rows.append(_searched(asked.folder / str(seed), seed))
         ratios = {
             "probe afterwards over receipt": ratio([row["afterwards_s"] / row["receipt_s"] for row in rows]),
-            "second half afterwards over first": ratio([row["halves_s"][1] / row["halves_s"][0] for row in rows]),
+            "second half afterwards over first": ratio([row["halves"][1] / row["halves"][0] for row in rows]),
             "speedup": ratio([row["speedup"] for row in rows]),
             "model error, median": ratio([row["model_error"]["step"]["median"] for row in rows]),
             "model error, p90": ratio([row["model_error"]["step"]["p90"] for row in rows]),
@@ -94,14 +96,13 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
     best, shares, receipt = report.best, probed.get("living_shares", []), load_config(str(tuned)).receipt
     assert receipt is not None
     share, steps_s, slope_s = mean(shares) if shares else None, probed["step_seconds"], best.living_s or 0.0
-    moved = zip(steps_s, shares, strict=True) if share is not None else ()
-    alike_s = [seconds - slope_s * (was - share) for seconds, was in moved] or steps_s
-    half = len(alike_s) // 2
+    half = len(steps_s) // 2
+    halves = (steps_s[:half], shares[:half]), (steps_s[half:], shares[half:])
     return {
         "seed": seed, "winner": best.changed, "raced": best.raced, "speedup": best.speedup, "ci": best.ci,
         "step_s": best.step_s, "step_s_ci": best.step_s_ci, "living_share": best.living_share,
         "living_s": best.living_s, "receipt_s": receipt.step_s if share is None else receipt.seconds_at(share),
-        "afterwards_s": median(alike_s), "halves_s": [median(alike_s[:half]), median(alike_s[half:])],
+        "afterwards_s": typical(steps_s, 1, shares, slope_s), "halves": [half_of(*one, receipt) for one in halves],
         "living_share_afterwards": share, "steps_afterwards_s": steps_s,
         "living_shares_afterwards": shares,
         "own_step_s": report.baseline.step_s, "trials": len(report.trials), "ended": report.why_ended,
@@ -110,6 +111,12 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
         "others_cores": report.others and report.others.cores, "notes": report.notes, "elapsed_s": report.elapsed_s,
         "others_cores_afterwards": probed["others"] and probed["others"]["cores"],
     }  # fmt: skip
+
+
+def half_of(steps_s: list[float], shares: list[float], receipt: Receipt) -> float:
+    """Seconds of some steps over the receipt's for their share."""
+    expected_s = receipt.seconds_at(mean(shares)) if shares else receipt.step_s
+    return typical(steps_s, 1, shares, receipt.living_s or 0.0) / expected_s
 
 
 def _told(words: list[str]) -> None:

@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ class ScriptProbes(ScriptHooks):
     @as_warning("a trainer is not measured")
     def after_build(self, trainer: Any) -> None:
         from grpo_autotune.probe.probe import Probe
+        from grpo_autotune.probe.trainer_facts import trained_rows
         from grpo_autotune.train.runs.callbacks import StopAfter
         from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
 
@@ -103,7 +105,7 @@ class ScriptProbes(ScriptHooks):
             sentences = (*differences(self.receipt, detect()), *set_up_otherwise(self.receipt, runtime))
             for sentence in sentences if not self.measured else ():
                 warn(sentence)
-            trainer.add_callback(SpeedWatch(self.receipt, warn))
+            trainer.add_callback(SpeedWatch(self.receipt, warn, partial(trained_rows, trainer)))
         stop = StopAfter(self.steps) if self.steps is not None else None
         if stop is not None:  # also a trainer that cannot be measured ends there
             trainer.add_callback(stop)

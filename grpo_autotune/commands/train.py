@@ -49,11 +49,11 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             expand_segments(os.environ)
             mend_torchvision()
             from grpo_autotune.probe.probe import Probe
+            from grpo_autotune.probe.trainer_facts import trained_rows
             from grpo_autotune.train.runs.callbacks import AfterLog
             from grpo_autotune.train.runs.receipt_check import SpeedWatch, differences, set_up_otherwise
             from grpo_autotune.train.trainer import run_training
             from grpo_autotune.train.trial_trainer import engine_time
-        watch = [SpeedWatch(config.receipt, warn)] if config.receipt else []
         for sentence in differences(config.receipt, detect()) if config.receipt else ():
             warn(sentence)
         if config.receipt and not resume and (told := other_batch(config, config.receipt.processes)):
@@ -64,6 +64,8 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
             runtime = runtime_facts(trainer.args.device)
             for sentence in set_up_otherwise(config.receipt, runtime) if config.receipt else ():
                 warn(sentence)
+            if config.receipt:
+                trainer.add_callback(SpeedWatch(config.receipt, warn, partial(trained_rows, trainer)))
             kept = config.monitors.nothing_learned is None  # else the monitor tells it
             tell = warn if kept else lambda sentence: warn(sentence) if sentence == SAVES_NOTHING else None
             probes.append(Probe(trainer, startup=startup, out_dir=out_dir, say=tell, live=live))
@@ -76,7 +78,7 @@ def train_config(config: RunConfig, *, out_dir: Path, resume: bool) -> int:
         with ladder, server as overrides, engine_time(startup):
             startup.tell = live.starting  # its phases begin once the folder was judged: no other run's state is lost
             result = run_training(
-                config, out_dir, resume, phase=startup.phase, prepare=prepare, callbacks=watch, grpo_overrides=overrides
+                config, out_dir, resume, phase=startup.phase, prepare=prepare, grpo_overrides=overrides
             )
         say(result.line())
     if result.signum:  # the first one to end would have torchrun end those that write their report

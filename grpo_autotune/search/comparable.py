@@ -62,9 +62,10 @@ class _Line(NamedTuple):
     slope_s: float
 
     def pace_of(self, steps: Sequence[_Step]) -> float:
-        """Seconds of some steps over the line's: on another part of the machine, or at another time."""
-        expected_s = math.fsum(self.none_s + self.slope_s * step.share for step in steps)
-        return math.fsum(step.seconds for step in steps) / expected_s if expected_s > 0.0 else 1.0
+        """Seconds of steps that trained over the line's: on another part of the machine, or at another time."""
+        trained = [step for step in steps if step.share > 0.0]
+        expected_s = math.fsum(self.none_s + self.slope_s * step.share for step in trained)
+        return math.fsum(step.seconds for step in trained) / expected_s if expected_s > 0.0 else 1.0
 
 
 class LivingRows:
@@ -100,7 +101,9 @@ class LivingRows:
         if line is None or record is None or not steps or len(outcome.living_shares) != len(outcome.step_s):
             return outcome
         slope_s = line.slope_s * line.pace_of(steps)
-        step_s = [s + slope_s * (share - was) for s, was in zip(outcome.step_s, outcome.living_shares, strict=True)]
+        most_s = max(one.seconds for one in steps)  # a step can be shorter by its training pass
+        moved = zip(outcome.step_s, outcome.living_shares, strict=True)
+        step_s = [s + max(-most_s, slope_s * (share - was)) for s, was in moved]
         more_s, whole_s = [slope_s * (share - one.share) for one in steps], math.fsum(one.seconds for one in steps)
         stages = [
             _longer(row, [math.fsum(_in_training(row)) / whole_s * more for more in more_s])

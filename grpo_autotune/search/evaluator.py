@@ -52,6 +52,7 @@ class Evaluator:
         self.log, self.board, self.models, self.study = log, board, models, study
         self.budget, self.costs, self.machine = log.budget, log.costs, log.task.machine
         self._probe, self._lengths = probe, completion_lengths(board.record)
+        self._uneven: dict[str, tuple[Entry, TrialOutcome]] = {}  # measured, and no step told how long training takes
 
     @property
     def repeats_probe(self) -> bool:
@@ -173,13 +174,30 @@ class Evaluator:
             if name_of(knobs) == name_of(self.board.baseline_knobs):
                 self.board.see_place(spec.place, at_expected(self.board, knobs, outcome))
         slower = self.slower(spec.place)
-        outcome = evened(self.board, knobs, faster(outcome, slower))
+        raw = faster(outcome, slower)
+        self.costs.learn(raw.model_copy(update={"elapsed_s": outcome.elapsed_s / slower}))
+        outcome = evened(self.board, knobs, raw)
         if measured:
             entry = self.board.add(knobs, outcome, predicted_s, spec.place)
+            if outcome is raw and raw.living_shares and entry is not self.board.baseline:
+                self._uneven[name_of(knobs)] = entry, raw
+            self._even_out()
+            entry = self.board.entry(knobs)
         self.models = self.models.learn(config, outcome)
-        self.costs.learn(outcome.model_copy(update={"elapsed_s": outcome.elapsed_s / slower}))
         self.log.record(spec, outcome, knobs, predicted_s, self.board.useful(config) if entry is not None else None)
         return entry
+
+    def _even_out(self) -> None:
+        """Enter anew, at the expected share, what was measured before any step told how long training takes."""
+        board = self.board
+        for name, (entry, raw) in list(self._uneven.items()):
+            if (even := at_expected(board, entry.knobs, raw)) is raw:
+                continue
+            del self._uneven[name]
+            if (now := board.entries[name]).step == entry.step and now.race is None:
+                del board.entries[name]
+                again = board.add(entry.knobs, even, entry.predicted_s, entry.place)
+                board.update(again, worst_case=now.worst_case, fails=now.fails, peak_bytes=now.peak_bytes)
 
     def relearn(self, spec: TrialSpec, outcome: TrialOutcome) -> None:
         """Take a trial of an earlier process into account, and tell it to a journal that lost it."""

@@ -93,7 +93,7 @@ class Leaderboard:
     _configs: dict[str, RunConfig] = field(default_factory=dict)
     _kinds: dict[str, Kind] = field(default_factory=dict)
     _useful: dict[int, tuple[RunConfig, float]] = field(default_factory=dict)
-    _ratios: dict[tuple[str, str, int], Interval] = field(default_factory=dict)
+    _ratios: dict[tuple[float, ...], Interval] = field(default_factory=dict)
     _pairs: dict[tuple[str, str], Interval] = field(default_factory=dict)  # of races
 
     def __post_init__(self) -> None:
@@ -193,7 +193,6 @@ class Leaderboard:
             return before
         if before is not None and before.place is not None:
             before = None
-            self._ratios.clear()
         steps_s = [*(before.steps_s if before else []), *outcome.step_s]
         stages_s = stage_seconds(outcome.record.timings) if outcome.record else {}
         asides_s = [*(before.asides_s if before else []), *self._asides_s(outcome, stages_s)]
@@ -289,10 +288,9 @@ class Leaderboard:
         if slower.race is not None and faster.race is not None:
             return faster.race.speedup.over(slower.race.speedup)
         pairs = [before / after for before, after in zip(slower.runs_s, faster.runs_s, strict=False)]
-        names = (name_of(slower.knobs), name_of(faster.knobs), len(pairs))
-        if names not in self._ratios:
-            self._ratios[names] = median_interval(pairs, self.confidence)
-        value, low, high, n = self._ratios[names]
+        if (seen := tuple(pairs)) not in self._ratios:
+            self._ratios[seen] = median_interval(pairs, self.confidence)
+        value, low, high, n = self._ratios[seen]
         doubt = self.pace.doubt if n > 1 else math.inf
         factor = self.worth(faster.config) / self.worth(slower.config)
         factor *= self._pace(faster) / self._pace(slower)

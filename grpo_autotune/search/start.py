@@ -101,7 +101,8 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
             continue
         if spec.source == "race":
             even = evened(board, knobs := evaluator.knobs_of(spec), outcome)
-            shares[name_of(knobs)] = even.record.living_share if even.record else None
+            if even.record is not None:
+                shares[name_of(knobs)] = even.record.living_share
             continue
         evaluator.relearn(spec, outcome)
         if spec.purpose == "rewards" and outcome.rewards:

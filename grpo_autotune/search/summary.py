@@ -19,6 +19,8 @@ from grpo_autotune.units import plural
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
+LONGEST = 0.9
+"""Part of a step that its training pass may take: slope and step may be of other minutes of the machine."""
 MANY = 0.9
 """Where so large a share was trained on already, steps get hardly longer."""
 PART = (
@@ -80,7 +82,9 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
     step, baseline = entry.step, board.baseline.step
     if entry.race is not None:
         step, baseline = entry.race.step, entry.race.baseline_step
-    is_even = math.isclose(expected_share(board, entry.config) or math.nan, entry.living_share or math.nan)
+    share = entry.living_share
+    is_even = share is not None and math.isclose(share, expected_share(board, entry.config) or math.nan)
+    slope_s = board.rows.slope_s(entry.knobs) if is_even else None
     return _candidate(
         board,
         entry.knobs,
@@ -92,7 +96,7 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
         predicted_s=entry.predicted_s,
         raced=entry.race is not None,
         living_share=entry.living_share,
-        living_s=board.rows.slope_s(entry.knobs) if is_even else None,
+        living_s=None if slope_s is None or not share else min(slope_s, LONGEST * step.value / share),
         peak_bytes=entry.peak_bytes,
         worst_case=entry.worst_case,
     )

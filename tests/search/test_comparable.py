@@ -18,7 +18,7 @@ from grpo_autotune.records.receipt import Receipt
 from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.search.comparable import LivingRows
-from grpo_autotune.search.evaluator import expected_share
+from grpo_autotune.search.evaluator import Evaluator, expected_share
 from grpo_autotune.search.leaderboard import Leaderboard
 from tests.search.test_session import Paper
 from tests.search.test_workers import SLOWER
@@ -118,9 +118,17 @@ def test_a_combination_whose_steps_trained_on_nothing_is_known_by_the_nearest() 
     assert rows.slope_s(OWN) is None and rows.at(0.5, OWN, dead) is dead
     rows.learn(far, outcome_of([0.5, 1.0], slope_s=9.0, none_s=0.0))
     assert rows.slope_s(OWN) == pytest.approx(9.0)
-    rows.learn(near, outcome_of([0.5, 1.0], slope_s=4.0, none_s=0.0))
-    assert rows.slope_s(OWN) == pytest.approx(4.0)
-    assert rows.at(0.5, OWN, dead).step_s == pytest.approx([2.0 + 0.5 + 0.2 + 2.0] * 2)
+    rows.learn(near, outcome_of([0.5, 1.0], slope_s=4.0, none_s=0.02))  # dead steps of ten times that are no pace
+    assert rows.slope_s(OWN) == pytest.approx(4.0, rel=0.01)
+    assert rows.at(0.5, OWN, dead).step_s == pytest.approx([2.0 + 0.5 + 0.2 + 2.0] * 2, rel=0.01)
+
+
+def test_no_step_is_shorter_than_without_its_training_pass() -> None:
+    outcome = outcome_of([1.0, 1.0], rest_s=0.01, old_s=0.0, none_s=0.0)
+    assert outcome.record is not None
+    rows = seen(LivingRows(), OWN, outcome)
+    short = outcome.model_copy(update={"step_s": [3.01, 3.01], "living_shares": [1.0, 1.0]})
+    assert min(rows.at(0.0, OWN, short).step_s) >= 0.0
 
 
 def test_without_the_speed_up_nothing_is_moved() -> None:
@@ -177,6 +185,29 @@ def test_a_search_tells_the_seconds_of_the_share_that_the_rewards_let_expect(tmp
     assert f"{receipt.living_share:.0%} of the completions" in told
     slowest_s = receipt.step_s + (1.0 - receipt.living_share) * receipt.living_s
     assert f"{slowest_s:.3g} s (x {receipt.baseline_step_s / slowest_s:.2f}) where all have one" in told
+
+
+def test_what_was_measured_before_any_step_trained_is_brought_to_the_share_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, drawn, searches = np.random.default_rng(4), list[int](), list[Evaluator]()
+    learn = Evaluator.learn
+    monkeypatch.setattr(Evaluator, "learn", lambda self, *trial: (searches.append(self), learn(self, *trial))[1])
+
+    def share() -> float:
+        drawn.append(1)
+        return 0.0 if len(drawn) <= 10 else float(random.choice([0.0, 0.5, 1.0]))  # of the first trial, and more
+
+    searched(tmp_path, share)
+    board = searches[-1].board
+    first = next(e for e in board.entries.values() if e.number and e.knobs[MICRO] != 2)
+    stored = TrialOutcome.model_validate_json((tmp_path / f"trials/{first.number:04d}/outcome.json").read_text())
+    assert stored.living_shares and not any(stored.living_shares), "it trained on nothing"
+    expected = expected_share(board, first.config)
+    assert expected is not None and first.living_share == pytest.approx(expected)
+    moved_s = [even - raw for even, raw in zip(first.steps_s, stored.step_s, strict=False)]
+    assert moved_s == pytest.approx([moved_s[0]] * len(moved_s)), "by the slope of the first that trained"
+    assert moved_s[0] > 0.2 * 0.5 * seconds(first.config) * expected
 
 
 def test_a_place_is_compared_at_one_share_with_the_whole_machine(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A tuned configuration against its receipt: the machine is compared before training, the speed later."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,6 @@ from grpo_autotune.records.receipt import Receipt
 
 TOLERANCE = 0.10
 """A live speed further off than this is told."""
-DEAD, CUT_OFF = "frac_reward_zero_std", "completions/clipped_ratio"
-"""Keys of TRL's log: share of groups without a spread of rewards, and of completions that were cut off."""
 SAME = 0.1
 """Shares of groups that differ by less explain nothing."""
 WARMUP_STEPS = 2
@@ -58,46 +57,35 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, receipt: Receipt, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        receipt: Receipt,
+        say: Callable[[str], None],
+        trained_rows: Callable[[], tuple[float, float]],  # so far: all completions, and those that were left out
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._receipt, self._say, self._clock = receipt, say, clock
-        self._steps: list[tuple[int, float]] = []  # number and seconds
+        self._receipt, self._say, self._trained_rows, self._clock = receipt, say, trained_rows, clock
+        self._steps: list[tuple[float, float]] = []  # seconds, and the share of completions that was trained on
         self._last_s: float | None = None
-        self._seen, self._cycle, self._masked = 0, 1, False
+        self._seen, self._cycle, self._rows = 0, 1, (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last_s, self._seen, self._cycle = self._clock(), 0, cycle_of(args)
         self._steps.clear()
-        self._masked = bool(getattr(args, "mask_truncated_completions", False))
+        self._rows = self._trained_rows()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, self._seen = self._clock(), self._seen + 1
         if self._last_s is not None and self._seen > WARMUP_STEPS:
-            self._steps.append((state.global_step, now - self._last_s))
-        self._last_s = now
+            rows, left_out = (after - before for after, before in zip(self._trained_rows(), self._rows, strict=True))
+            self._steps.append((now - self._last_s, 1.0 - left_out / rows if rows else math.nan))
+        self._last_s, self._rows = now, self._trained_rows()
         if len(self._steps) == -(-WATCHED_STEPS // self._cycle) * self._cycle and state.is_world_process_zero:
-            log = [trained_share(row, masked=self._masked) for row in state.log_history if DEAD in row]
-            shares = shares_of(dict(log), [number for number, _ in self._steps], self._cycle)
-            step_s = typical([s for _, s in self._steps], self._cycle, shares, self._receipt.living_s or 0.0)
-            sentence = off_by(self._receipt, step_s, statistics.fmean(shares) if shares else None)
+            steps_s, shares = zip(*self._steps, strict=True)
+            living = None if math.isnan(mean := statistics.fmean(shares)) else mean
+            step_s = typical(steps_s, self._cycle, [] if living is None else shares, self._receipt.living_s or 0.0)
+            sentence = off_by(self._receipt, step_s, living)
             if sentence is not None:
                 self._say(sentence)
-
-
-def trained_share(row: Mapping[str, Any], *, masked: bool) -> tuple[int, float]:
-    """The step of a row of TRL's log, and the share of completions in groups with a spread of rewards; without those
-    that were cut off, where the loss masks them."""
-    return row["step"], (1.0 - row[DEAD]) * (1.0 - (row.get(CUT_OFF, 0.0) if masked else 0.0))
-
-
-def shares_of(logged: Mapping[int, float], steps: Sequence[int], cycle: int) -> list[float]:
-    """Share of completions that each step trains on, by the step that generated them. The last, which is not logged
-    yet, gets the mean; empty where the log leaves out others."""
-    each = [next((logged[n] for n in range(step, step - cycle, -1) if n in logged), None) for step in steps]
-    seen = [share for share in each if share is not None]
-    if not seen or len(seen) < len(steps) - 1:
-        return []
-    return [statistics.fmean(seen) if share is None else share for share in each]
 
 
 def typical(steps_s: Sequence[float], cycle: int, shares: Sequence[float], living_s: float) -> float:
@@ -110,15 +98,13 @@ def typical(steps_s: Sequence[float], cycle: int, shares: Sequence[float], livin
 
 def off_by(receipt: Receipt, step_s: float, living: float | None = None) -> str | None:
     """The sentence for a live speed; None where it is as the receipt says. `living` is the share of completions that
-    are trained on; where that is unknown, any is taken that explains the speed."""
+    are trained on while `skip_dead` leaves out the others."""
     why = "answers of another length, a machine busier or idler than then, or another configuration"
     expected_s, said, before = receipt.step_s, "of the receipt", receipt.living_share
     more = 0.0 if living is None or before is None else living - before
-    if before is not None and receipt.living_s is not None:
-        nearest = sorted((receipt.seconds_at(0.0), step_s, receipt.seconds_at(1.0)))[1]
-        expected_s = nearest if living is None else receipt.seconds_at(living)
-        share = "any share" if living is None else f"{living:.0%}"
-        said = f"that the receipt tells where {share} of the completions teach something"
+    if living is not None and receipt.living_s is not None:
+        expected_s = receipt.seconds_at(living)
+        said = f"that the receipt tells where {living:.0%} of the completions are in groups with a spread of rewards"
     elif abs(more) > SAME and (more > 0.0) == (step_s > expected_s):
         why = f"{living:.0%} of groups have a spread of rewards, {before:.0%} then, and skip_dead leaves out the others"
     ratio = step_s / expected_s

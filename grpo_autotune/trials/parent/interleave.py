@@ -207,4 +207,5 @@ def _together(spec: TrialSpec, outcomes: Sequence[TrialOutcome]) -> TrialOutcome
     blocks, last = [outcome for outcome in outcomes if outcome.status == "ok" and outcome.step_s], outcomes[-1]
     shares = [fmean(block.living_shares) for block in blocks if block.living_shares]
     rounds = {"step_s": [fmean(block.step_s) for block in blocks], "living_shares": shares}
-    return last.model_copy(update={**rounds, "notes": [*last.notes, ALONE]})
+    record = blocks[-1].record if blocks else last.record
+    return last.model_copy(update={**rounds, "record": record, "notes": [*last.notes, ALONE]})
