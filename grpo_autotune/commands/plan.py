@@ -31,7 +31,9 @@ from grpo_autotune.report.configuration import changed_keys
 from grpo_autotune.report.files import REPORT_FILE, load_report
 from grpo_autotune.report.plan import CADENCES, Basis, plan_of
 from grpo_autotune.search.comparable import without_evaluations
+from grpo_autotune.search.evaluator import evened
 from grpo_autotune.search.folder import SearchFolder
+from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.units import duration, plural
 
 PROBE_STEPS = 5
@@ -158,10 +160,16 @@ def _searched(search: SearchReport, folder: Path) -> Basis:
     if probe is None or probe.record is None:
         raise ConfigError("the trials of this search are gone", where=str(folder), fix="Plan a CONFIG.")
     alone, memory = without_evaluations(probe), memory_of(machine, probe.record.trainer)
+    board = Leaderboard(config, search.baseline.knobs, alone.record or probe.record)
+    alone, rows = evened(board, board.baseline_knobs, alone), {row.number: row.knobs for row in search.trials}
     models = Models.from_probe(config, alone.record or probe.record, machine, alone)
     for spec, outcome in trials:
-        if spec.purpose == "timed" and spec.source != "race":
-            models = models.learn(with_knobs(config, spec.knobs), without_evaluations(outcome))
+        if spec.purpose != "timed":
+            continue
+        knobs = spec.knobs if spec.script is None else rows.get(spec.number, spec.knobs)  # a script's: all its keys
+        even = evened(board, knobs, without_evaluations(outcome))
+        if spec.source != "race":
+            models = models.learn(with_knobs(config, knobs), even)
     return Basis(models, str(folder), seconds_once(probe.record), memory_bytes=memory)
 
 

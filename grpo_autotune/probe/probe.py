@@ -31,7 +31,7 @@ from grpo_autotune.probe.live import LIVE_STEPS, LiveFile
 from grpo_autotune.probe.sampler import Sampler, readers_for
 from grpo_autotune.probe.signal import SignalWatch
 from grpo_autotune.probe.spans import Span, SpanRecorder, StepSpans
-from grpo_autotune.probe.stages import APART, StepStages, stages_of, summarise
+from grpo_autotune.probe.stages import APART, FIRST_USE, StepStages, stages_of, summarise
 from grpo_autotune.probe.startup import Startup, hint
 from grpo_autotune.probe.trainer_facts import cycle_of, facts_of, speedup_counts, trained_rows, versions
 from grpo_autotune.records.probe import DeviceMemory, ProbeRecord, ProfiledStep, RankTimings, StageTimings
@@ -39,6 +39,7 @@ from grpo_autotune.records.rollout import EngineFacts
 from grpo_autotune.rollout.fidelity.meter import FidelityMeter
 from grpo_autotune.rollout.fidelity.training_log import meter_of
 from grpo_autotune.rollout.metrics.server import meter_for
+from grpo_autotune.seams.first_use import watch_first_use
 from grpo_autotune.seams.layers import AttributeSlot, Next, take_off, wrap
 from grpo_autotune.seams.sharding import sharding_fact
 from grpo_autotune.seams.table import CALLBACKS, TABLE
@@ -116,7 +117,8 @@ class Probe:
         tell_untried()
         self._handles = [*install(self), wrap(AttributeSlot(trainer, "train"), self._around_train)]
         shared = [handle.remove for handle in self._handles if handle.shared]
-        for leave in (self._sampler.stop, self.recorder.abandon, *shared):
+        self._unwatch = watch_first_use(partial(self.recorder.span, "", FIRST_USE))
+        for leave in (self._sampler.stop, self.recorder.abandon, self._unwatch, *shared):
             weakref.finalize(self, leave)  # a probe may be forgotten with its trainer, without being detached
         self._callback = _Edges(self)
         trainer.add_callback(self._callback)
@@ -124,6 +126,7 @@ class Probe:
     def detach(self) -> None:
         """Remove every layer, so that the trainer is as it was; measurements stay readable."""
         take_off(self._handles)
+        self._unwatch()
         self.fidelity.around = nullcontext
         self.trainer.remove_callback(self._callback)
         self._stop()
@@ -300,7 +303,7 @@ class Probe:
 
     def _keep(self, spans: StepSpans) -> None:
         if not self.closed:
-            self.startup.first_step(stages_of(spans).self_s)
+            self.startup.first_step(stages_of(spans, whole=True).self_s)
         self.closed += 1
         rows, skipped = (now - then for now, then in zip(trained_rows(self.trainer), self._rows, strict=True))
         self._living.append(1.0 - skipped / rows if rows > 0.0 else math.nan)

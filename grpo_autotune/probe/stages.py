@@ -13,12 +13,15 @@ from grpo_autotune.probe.spans import DeviceTimer, Span, StepSpans
 from grpo_autotune.records.probe import STAGES, StageRow, StageTimings
 
 APART = "log_save_eval"
+FIRST_USE = "first_use"
+"""Part of spans around what is done once in a run (`seams.first_use`): no step's, with all that happens inside."""
 Interval = tuple[float, float]
 
 
 @dataclass(slots=True)
 class StepStages:
-    """One optimizer step by stage. Keys of `parts` are (stage, part); `self_s` sums to `wall_s`."""
+    """One optimizer step by stage, without what is done once in a run. Keys of `parts` are (stage, part); `self_s` sums
+    to `wall_s`."""
 
     step: int
     wall_s: float
@@ -30,24 +33,27 @@ class StepStages:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def stages_of(step: StepSpans, timer: DeviceTimer | None = None) -> StepStages:
-    """Sum one step's spans by stage; with `timer`, seconds are the device's, and the host's are kept beside them."""
+def stages_of(step: StepSpans, timer: DeviceTimer | None = None, *, whole: bool = False) -> StepStages:
+    """Sum one step's spans by stage; with `timer`, seconds are the device's, and the host's are kept beside them. A
+    `whole` step holds what is done once in a run as well."""
     host = _self_seconds(step.spans, [span.host_s for span in step.spans])
     if timer is None:
         seconds = host
     else:
         device = [timer.seconds(span.begin_mark, span.end_mark) for span in step.spans]
         seconds = _self_seconds(step.spans, device)
-    stages = StepStages(step.step, math.fsum(seconds), defaultdict(float), defaultdict(float), defaultdict(float))
+    stages = StepStages(step.step, 0.0, defaultdict(float), defaultdict(float), defaultdict(float))
     calls: dict[str, int] = defaultdict(int)
     for span, self_s, host_s, (stage, part) in zip(step.spans, seconds, host, classify(step.spans), strict=True):
+        if part == FIRST_USE and not whole:
+            continue
         stages.self_s[stage] += self_s
         stages.host_s[stage] += host_s
         if part:
             stages.parts[stage, part] += self_s
         stages.peak_bytes[stage] = max(stages.peak_bytes.get(stage, 0), span.peak_bytes)
         calls[stage] += span.calls if stage != "other" else 0
-    stages.calls = calls
+    stages.calls, stages.wall_s = calls, math.fsum(stages.self_s.values())
     stages.hidden_s = _hidden(step)
     return stages
 
@@ -66,7 +72,9 @@ def classify(spans: Sequence[Span]) -> list[tuple[str, str]]:
     classes: list[tuple[str, str]] = []
     for span in spans:
         above = classes[span.parent] if span.parent >= 0 else ("other", "")
-        if above[0] == APART:
+        if FIRST_USE in (above[1], span.part):
+            classes.append(("other", FIRST_USE))
+        elif above[0] == APART:
             classes.append((APART, span.part if span.stage == APART and above[1] != "evaluate" else above[1]))
         else:
             classes.append((span.stage or "other", span.part))

@@ -99,6 +99,7 @@ class Evaluator:
         outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
         sides = zip((before, rival), outcomes, strict=True)
         one, other = (evened(self.board, side.knobs, outcome) for side, outcome in sides)
+        self._even_out()
         self.record(first, one)
         self.record(second, other)
         return one, other

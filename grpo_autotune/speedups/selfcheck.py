@@ -8,6 +8,7 @@ import torch
 
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
 from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams.first_use import first_use
 from grpo_autotune.seams.ranks import InStep
 from grpo_autotune.speedups.base import Installed
 
@@ -53,7 +54,8 @@ class SelfCheck:
         if self.passed is None:
             streams_back = random_streams()
             try:
-                self.passed = self._agree(plain, fast, dtype, what, again)
+                with first_use():
+                    self.passed = self._agree(plain, fast, dtype, what, again)
             finally:
                 streams_back()
         return self.passed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_autotune.probe.spans import GAP_S, SpanRecorder
-from grpo_autotune.probe.stages import stages_of, summarise
+from grpo_autotune.probe.stages import FIRST_USE, stages_of, summarise
 from grpo_autotune.records.probe import STAGES
+from grpo_autotune.seams.first_use import first_use, watch_first_use
 
 
 class Clock:
@@ -230,3 +232,28 @@ def test_the_gauge_is_booked_to_the_stage_that_was_under_way():
     recorder.end(span)
     peaks = stages_of(recorder.close_root(1)).peak_bytes
     assert peaks == {"other": 20, "backward": 70}
+
+
+def test_what_is_done_once_in_a_run_is_no_part_of_the_step_it_falls_into():
+    clock = Clock()
+    recorder = SpanRecorder(clock)
+    leave = watch_first_use(functools.partial(recorder.span, "", FIRST_USE))
+    recorder.open_root()
+    with recorder.span("policy_logprob", "training_forward"):
+        clock.wait(1)
+        with first_use():
+            clock.wait(4)
+            with recorder.span("policy_logprob", "training_forward"):
+                clock.wait(2)
+        clock.wait(1)
+    done = recorder.close_root(1)
+    step, whole = stages_of(done), stages_of(done, whole=True)
+    assert step.self_s == {"other": 0.0, "policy_logprob": 2.0} and step.wall_s == 2.0
+    assert step.parts["policy_logprob", "training_forward"] == 2.0 and step.calls["policy_logprob"] == 1
+    assert whole.wall_s == 8.0 and whole.parts["other", FIRST_USE] == 6.0
+    leave()
+    leave()
+    recorder.open_root()
+    with first_use():
+        clock.wait(3)
+    assert stages_of(recorder.close_root(2)).wall_s == 3.0, "nobody watches"

@@ -302,6 +302,7 @@ def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
     stored |= {"config": one.models.base.model_dump(mode="json")}
     stored["config"]["grpo"] |= EVALUATES
     stored["config"]["data"] |= HELD_OUT
+    stored["baseline"]["knobs"] = {}  # the file's are of another configuration
     (tmp_path / "search.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match="the trials of this search are gone"):
         basis_of_run(tmp_path)

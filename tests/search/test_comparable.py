@@ -187,8 +187,9 @@ def test_a_search_tells_the_seconds_of_the_share_that_the_rewards_let_expect(tmp
     assert f"{slowest_s:.3g} s (x {receipt.baseline_step_s / slowest_s:.2f}) where all have one" in told
 
 
+@pytest.mark.parametrize("dead", [4, 10])  # of the first trial, and of all before the race
 def test_what_was_measured_before_any_step_trained_is_brought_to_the_share_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     random, drawn, searches = np.random.default_rng(4), list[int](), list[Evaluator]()
     learn = Evaluator.learn
@@ -196,11 +197,11 @@ def test_what_was_measured_before_any_step_trained_is_brought_to_the_share_later
 
     def share() -> float:
         drawn.append(1)
-        return 0.0 if len(drawn) <= 10 else float(random.choice([0.0, 0.5, 1.0]))  # of the first trial, and more
+        return 0.0 if len(drawn) <= dead else float(random.choice([0.0, 0.5, 1.0]))
 
     searched(tmp_path, share)
     board = searches[-1].board
-    first = next(e for e in board.entries.values() if e.number and e.knobs[MICRO] != 2)
+    first = min((e for e in board.entries.values() if e.knobs[MICRO] != 2), key=lambda entry: entry.number)
     stored = TrialOutcome.model_validate_json((tmp_path / f"trials/{first.number:04d}/outcome.json").read_text())
     assert stored.living_shares and not any(stored.living_shares), "it trained on nothing"
     expected = expected_share(board, first.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -243,3 +244,22 @@ def test_a_probe_keeps_the_share_of_each_step_that_was_trained_on(tiny, tmp_path
     assert record.living_shares == [0.5, 0.5] and record.living_share == 0.5
     assert probed(["skip_dead"], all_dead).living_shares == [0.0, 0.0]
     assert probed([], half_dead).living_shares == [] and probed([], half_dead).living_share is None
+
+
+def test_the_first_comparison_of_a_speed_up_is_no_part_of_the_step_in_which_rows_first_live(tiny, tmp_path, text_rows):
+    calls = itertools.count()
+
+    def dead_at_first(completions, **kwargs):
+        return all_dead(completions) if next(calls) == 0 else half_dead(completions)
+
+    probes = []
+    trained(
+        ["skip_dead", "shared_prefix"], tiny("qwen3"), text_rows, tmp_path / "run", rewards=[dead_at_first], lora=False,
+        change=lambda t: probes.append(Probe(t, out_dir=tmp_path, warmup=1)), **{**BATCH, "max_steps": 3},
+    )  # fmt: skip
+    timings = probes[0].record().timings
+    steps = [json.loads(line)["spans"] for line in (tmp_path / "spans.jsonl").read_text().splitlines()]
+    once_s = [sum(span[4] for span in spans if span[:2] == ["", "first_use"]) for spans in steps]
+    assert once_s[1] > 0.0 and once_s[2] == 0.0, "in the first step in which rows live"
+    for step_s, spans, apart_s in zip(timings.step_s, steps[1:], once_s[1:], strict=True):
+        assert step_s == pytest.approx(spans[0][4] - apart_s, rel=1e-3)
