@@ -136,6 +136,21 @@ def test_searches_on_a_real_model_beside_a_busy_core() -> None:
     )
 
 
+def test_searches_on_a_real_model_alone() -> None:
+    found = json.loads((ROOT / "docs/benchmarks/search_real.json").read_text())
+    ratios, rows, page = found["ratios"], found["rows"], (ROOT / "docs/benchmarks/README.md").read_text()
+    of = "{median:.2f} ({low:.2f} to {high:.2f})"
+    assert f"raced in {sum(row['raced'] for row in rows)} of {len(rows)}, x {of}".format(**ratios["speedup"]) in page
+    error = {end: f"{100.0 * value:.0f}" for end, value in ratios["model error, median"].items()}
+    assert "models off by {median} % at the median ({low} to {high} %)".format(**error) in page
+    after = (
+        "x {median:.2f} of the receipt's seconds for their share of completions trained on ({low:.2f} to {high:.2f})"
+    )
+    assert after.format(**ratios["probe afterwards over receipt"]) in page
+    halves = "x {median:.2f} of what the first ten take ({low:.2f} to {high:.2f})"
+    assert halves.format(**ratios["second half afterwards over first"]) in page
+
+
 def test_this_tree_against_an_earlier_commit() -> None:
     ratios = json.loads((ROOT / "docs/benchmarks/against.json").read_text())["ratios"]
     page = (ROOT / "docs/benchmarks/README.md").read_text()

@@ -31,7 +31,7 @@ from grpo_autotune.report.configuration import changed_keys
 from grpo_autotune.report.files import REPORT_FILE, load_report
 from grpo_autotune.report.plan import CADENCES, Basis, plan_of
 from grpo_autotune.search.comparable import without_evaluations
-from grpo_autotune.search.evaluator import evened
+from grpo_autotune.search.evaluator import at_expected, evened
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.leaderboard import Leaderboard
 from grpo_autotune.units import duration, plural
@@ -163,13 +163,17 @@ def _searched(search: SearchReport, folder: Path) -> Basis:
     board = Leaderboard(config, search.baseline.knobs, alone.record or probe.record)
     alone, rows = evened(board, board.baseline_knobs, alone), {row.number: row.knobs for row in search.trials}
     models = Models.from_probe(config, alone.record or probe.record, machine, alone)
-    for spec, outcome in trials:
-        if spec.purpose != "timed":
-            continue
-        knobs = spec.knobs if spec.script is None else rows.get(spec.number, spec.knobs)  # a script's: all its keys
-        even = evened(board, knobs, without_evaluations(outcome))
-        if spec.source != "race":
-            models = models.learn(with_knobs(config, knobs), even)
+    timed = [  # a script's trial has only those keys in its order that the script is given
+        (spec, rows.get(spec.number) if spec.script else spec.knobs, without_evaluations(outcome))
+        for spec, outcome in trials
+        if spec.purpose == "timed"
+    ]
+    for _, knobs, outcome in timed:
+        if knobs is not None:
+            board.rows.learn(knobs, outcome)
+    for spec, knobs, outcome in timed:
+        if knobs is not None and spec.source != "race":
+            models = models.learn(with_knobs(config, knobs), at_expected(board, knobs, outcome))
     return Basis(models, str(folder), seconds_once(probe.record), memory_bytes=memory)
 
 

@@ -278,7 +278,8 @@ class Probe:
 
     def _profile_of(self, spans: StepSpans, kernels: KernelProfile) -> ProfiledStep:
         entries = kernels.stop()
-        stages = kernels_by_stage(spans, entries, stages_of(spans, self.recorder.timer).self_s, kernels.paused)
+        whole = stages_of(spans, self.recorder.timer, whole=True)
+        stages = kernels_by_stage(spans, entries, whole.self_s, kernels.paused)
         tokens = sum(max(one.completion, default=0) for one in self.tokens.generations if one.step == self.closed)
         return ProfiledStep(
             step=spans.step,

@@ -15,6 +15,7 @@ from grpo_autotune.records.probe import STAGES, StageRow, StageTimings
 APART = "log_save_eval"
 FIRST_USE = "first_use"
 """Part of spans around what is done once in a run (`seams.first_use`): no step's, with all that happens inside."""
+ONCE = "other", FIRST_USE
 Interval = tuple[float, float]
 
 
@@ -45,7 +46,7 @@ def stages_of(step: StepSpans, timer: DeviceTimer | None = None, *, whole: bool 
     stages = StepStages(step.step, 0.0, defaultdict(float), defaultdict(float), defaultdict(float))
     calls: dict[str, int] = defaultdict(int)
     for span, self_s, host_s, (stage, part) in zip(step.spans, seconds, host, classify(step.spans), strict=True):
-        if part == FIRST_USE and not whole:
+        if (stage, part) == ONCE and not whole:
             continue
         stages.self_s[stage] += self_s
         stages.host_s[stage] += host_s
@@ -72,8 +73,8 @@ def classify(spans: Sequence[Span]) -> list[tuple[str, str]]:
     classes: list[tuple[str, str]] = []
     for span in spans:
         above = classes[span.parent] if span.parent >= 0 else ("other", "")
-        if FIRST_USE in (above[1], span.part):
-            classes.append(("other", FIRST_USE))
+        if above == ONCE or (not span.stage and span.part == FIRST_USE):
+            classes.append(ONCE)
         elif above[0] == APART:
             classes.append((APART, span.part if span.stage == APART and above[1] != "evaluate" else above[1]))
         else:
@@ -86,7 +87,8 @@ def _hidden(step: StepSpans) -> dict[str, float]:
     hidden: dict[str, float] = {}
     for stage in {span.stage for span in step.others}:
         busy = union((s.start_s, s.start_s + s.host_s) for s in step.others if s.stage == stage)
-        waited = union((s.start_s, s.start_s + s.host_s) for s in step.spans if s.stage == stage)
+        apart = (s for s in step.spans if s.stage == stage or (not s.stage and s.part == FIRST_USE))
+        waited = union((s.start_s, s.start_s + s.host_s) for s in apart)
         hidden[stage] = length(busy) - length(intersection(busy, waited))
     return hidden
 

@@ -3,6 +3,7 @@
 A process for each rank, a track for its main thread with nested slices, async slices for other threads' work, which
 overlaps, and counters of memory and use. Times are the host's, steps stand end to end. A slice's category is its stage:
 less what is nested in them, the slices of a category last as long as the report says (`mean_s`, or `host_s` on a GPU).
+Those of `first_use` are no stage's: a speed-up's one comparison with plain TRL.
 """
 
 import gzip
@@ -14,7 +15,7 @@ from typing import Any
 from grpo_autotune.console import as_warning
 from grpo_autotune.files import write_whole
 from grpo_autotune.probe.spans import StepSpans
-from grpo_autotune.probe.stages import classify
+from grpo_autotune.probe.stages import ONCE, classify
 from grpo_autotune.report.timeline import rank_files, read_spans
 
 TRACE_FILE = "trace.json.gz"
@@ -45,7 +46,8 @@ def _events(step: StepSpans) -> Iterator[tuple[float, dict[str, Any]]]:
     """Seconds since the step began, and what else an event has."""
     for span, (stage, part) in zip(step.spans, classify(step.spans), strict=True):
         name, length_us = stage if span.parent >= 0 else f"step {step.step}", round(span.host_s * 1e6)
-        yield span.start_s, {"ph": "X", "name": name, "cat": stage, "dur": length_us, "args": {"part": part}}
+        category = part if (stage, part) == ONCE else stage
+        yield span.start_s, {"ph": "X", "name": name, "cat": category, "dur": length_us, "args": {"part": part}}
     for number, span in enumerate(step.others):
         name, key, more = span.stage or "other", {"local": f"{step.step}.{number}"}, {"part": span.part}
         for phase, at_s in (("b", span.start_s), ("e", span.start_s + span.host_s)):

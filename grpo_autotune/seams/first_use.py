@@ -18,6 +18,6 @@ def watch_first_use(context: Context) -> Callable[[], None]:
 def first_use() -> Iterator[None]:
     """A context around such work."""
     with ExitStack() as stack:
-        for context in _watchers:
+        for context in tuple(_watchers):  # a trainer that is freed meanwhile takes its own out
             stack.enter_context(context())
         yield

@@ -22,6 +22,8 @@ from grpo_autotune.records.probe import TRAINED, ProbeRecord, StageRow
 from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.study import distance, name_of
 
+MOST = 0.9
+"""Part of a round that its training passes may take."""
 OLD_POLICY = "old_policy"
 """Part of a stage of the training pass that computes all rows."""
 
@@ -101,9 +103,11 @@ class LivingRows:
         if line is None or record is None or not steps or len(outcome.living_shares) != len(outcome.step_s):
             return outcome
         slope_s = line.slope_s * line.pace_of(steps)
-        most_s = max(one.seconds for one in steps)  # a step can be shorter by its training pass
-        moved = zip(outcome.step_s, outcome.living_shares, strict=True)
-        step_s = [s + max(-most_s, slope_s * (share - was)) for s, was in moved]
+        # a step can be shorter by its training pass, a round of several by most of its time
+        whole = len(steps) == len(outcome.step_s)
+        least_s = [-one.seconds for one in steps] if whole else [-MOST * s for s in outcome.step_s]
+        moved = zip(outcome.step_s, outcome.living_shares, least_s, strict=True)
+        step_s = [s + max(least, slope_s * (share - was)) for s, was, least in moved]
         more_s, whole_s = [slope_s * (share - one.share) for one in steps], math.fsum(one.seconds for one in steps)
         stages = [
             _longer(row, [math.fsum(_in_training(row)) / whole_s * more for more in more_s])

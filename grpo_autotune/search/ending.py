@@ -90,6 +90,7 @@ class Ending:
         """The one to recommend of two, by a race of both where trials do not tell them apart and there is time for it;
         else the rival where it is `unknown` to be worse, or as good by their trials and simpler."""
         board, name = self._board, name_of(leader.knobs)
+        leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
         loss = board.ratio(rival, leader)
         if board.pair(rival, leader) is None and (loss.low <= 1.0 or loss.value < CLOSE):
             compare(self._evaluator, leader, rival, min(self._room_s(leader), self._room_s(rival)) / 2)

@@ -97,9 +97,11 @@ class Evaluator:
         second = self.spec("timed", rival.knobs, limit_s, steps=1, source="race")
         second = second.model_copy(update={"number": first.number + 1})
         outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
-        sides = zip((before, rival), outcomes, strict=True)
-        one, other = (evened(self.board, side.knobs, outcome) for side, outcome in sides)
-        self._even_out()
+        sides = list(zip((before.knobs, rival.knobs), outcomes, strict=True))
+        for knobs, outcome in sides:
+            self.board.rows.learn(knobs, outcome)
+        one, other = (at_expected(self.board, knobs, outcome) for knobs, outcome in sides)
+        self.even_out()
         self.record(first, one)
         self.record(second, other)
         return one, other
@@ -178,17 +180,16 @@ class Evaluator:
         raw = faster(outcome, slower)
         self.costs.learn(raw.model_copy(update={"elapsed_s": outcome.elapsed_s / slower}))
         outcome = evened(self.board, knobs, raw)
+        self.even_out()
         if measured:
             entry = self.board.add(knobs, outcome, predicted_s, spec.place)
             if outcome is raw and raw.living_shares and entry is not self.board.baseline:
                 self._uneven[name_of(knobs)] = entry, raw
-            self._even_out()
-            entry = self.board.entry(knobs)
         self.models = self.models.learn(config, outcome)
         self.log.record(spec, outcome, knobs, predicted_s, self.board.useful(config) if entry is not None else None)
         return entry
 
-    def _even_out(self) -> None:
+    def even_out(self) -> None:
         """Enter anew, at the expected share, what was measured before any step told how long training takes."""
         board = self.board
         for name, (entry, raw) in list(self._uneven.items()):

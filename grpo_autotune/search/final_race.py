@@ -96,6 +96,7 @@ def _results(
         if fitting < LEAST_ROUNDS:
             return
         one, other = evaluator.race(before, rival, fitting, left_s)
+        before = board.entries[name_of(before.knobs)]
         if one.status == "ok" and other.status not in ("ok", "timeout"):
             if other.status != "oom" or before.knobs == board.baseline_knobs:
                 failed = f"failed in the race: {other.why or other.status}"

@@ -8,6 +8,7 @@ from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.errors import ConfigError, DataError, EnvironmentProblem, NothingSucceeded
 from grpo_autotune.hardware import Machine
 from grpo_autotune.hardware.places import Place
+from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.values import unique
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import Interval, steps_between
@@ -18,7 +19,7 @@ from grpo_autotune.scripts.stand_in import config_of_script
 from grpo_autotune.search.acquisition import Pool
 from grpo_autotune.search.budget import END_SHARE, Budget
 from grpo_autotune.search.comparable import without_evaluations
-from grpo_autotune.search.evaluator import Evaluator, evened
+from grpo_autotune.search.evaluator import Evaluator, at_expected, evened
 from grpo_autotune.search.final_race import is_told
 from grpo_autotune.search.folder import fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials
@@ -95,14 +96,13 @@ def refuse_server(config: RunConfig, places: Sequence[Place]) -> None:
 
 def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> None:
     """Learn from the trials and races of an earlier process, in their order; lost trials are run again."""
-    board, shares = evaluator.board, dict[str, float | None]()
+    board, shares, rounds = evaluator.board, dict[str, float | None](), list[tuple[Knobs, TrialOutcome]]()
     for spec, outcome in recalled:
         if outcome is None:
             continue
         if spec.source == "race":
-            even = evened(board, knobs := evaluator.knobs_of(spec), outcome)
-            if even.record is not None:
-                shares[name_of(knobs)] = even.record.living_share
+            rounds.append((knobs := evaluator.knobs_of(spec), outcome))
+            board.rows.learn(knobs, outcome)
             continue
         evaluator.relearn(spec, outcome)
         if spec.purpose == "rewards" and outcome.rewards:
@@ -110,6 +110,10 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
         entry = board.entry(evaluator.knobs_of(spec))
         if spec.purpose == "worst_case" and entry is not None:
             board.add_worst_case(entry, outcome)
+    evaluator.even_out()
+    for knobs, outcome in rounds:
+        if (even := at_expected(board, knobs, outcome)).record is not None:
+            shares[name_of(knobs)] = even.record.living_share
     for row in evaluator.log.task.folder.races():
         before, rival = board.entry(row.before), board.entry(row.rival)
         speedup, step, before_step = (Interval(*figures) for figures in (row.speedup, row.step, row.before_step))

@@ -197,7 +197,7 @@ def _living(board: Leaderboard, best: Candidate) -> Iterator[str]:
             "out groups without a spread of rewards. As training gives more groups one, a step takes longer."
         )
         return
-    own_slope_s = board.rows.slope_s(board.baseline_knobs) or 0.0
+    own_slope_s = candidate(board, board.baseline).living_s or 0.0
     sides = (board.config, own_slope_s), (entry.config, best.living_s)
     own_more_s, more_s = (slope_s * _rest(board, living, config) for config, slope_s in sides)
     own_s, run_s = best.baseline_step_s + board.baseline.aside_s, best.step_s + entry.aside_s

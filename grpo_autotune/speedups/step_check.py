@@ -22,6 +22,7 @@ from torch import nn
 
 from grpo_autotune.errors import EnvironmentProblem, TrainingError
 from grpo_autotune.hardware.seeded import random_streams
+from grpo_autotune.seams.first_use import first_use
 from grpo_autotune.seams.fully_sharded import units
 from grpo_autotune.seams.layers import INNER, OUTERMOST, Next, take_off
 from grpo_autotune.seams.ranks import passing, sharded, syncs_each_pass
@@ -68,7 +69,8 @@ class StepCheck(Installed):
             if new:  # on any rank: losses are gathered
                 deepspeed = self.trainer.accelerator.state.deepspeed_plugin is not None
                 tried = self.trainer.accelerator.unwrap_model(model) if deepspeed else model  # no pass for its engine
-                self._compare(window, lives, tried, lambda batch: call_next(tried, batch, *args, **kwargs))
+                with first_use():
+                    self._compare(window, lives, tried, lambda batch: call_next(tried, batch, *args, **kwargs))
         return call_next(model, inputs, *args, **kwargs)
 
     def _backward(self, call_next: Next, /, loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

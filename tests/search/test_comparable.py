@@ -124,11 +124,26 @@ def test_a_combination_whose_steps_trained_on_nothing_is_known_by_the_nearest() 
 
 
 def test_no_step_is_shorter_than_without_its_training_pass() -> None:
-    outcome = outcome_of([1.0, 1.0], rest_s=0.01, old_s=0.0, none_s=0.0)
-    assert outcome.record is not None
-    rows = seen(LivingRows(), OWN, outcome)
-    short = outcome.model_copy(update={"step_s": [3.01, 3.01], "living_shares": [1.0, 1.0]})
-    assert min(rows.at(0.0, OWN, short).step_s) >= 0.0
+    rows, short, long = LivingRows(), outcome_of([1.0], rest_s=0.01, slope_s=1.0), outcome_of([1.0], slope_s=5.0)
+    for outcome in (short, long):
+        rows.learn(OWN, outcome)
+    assert short.record is not None and long.record is not None
+    (first,), (second,) = (
+        zip(*(row.per_step_s for row in one.record.timings.stages), strict=True) for one in (short, long)
+    )
+    stages = [
+        row.model_copy(update={"per_step_s": [a, b], "parts": {}})
+        for row, a, b in zip(short.record.timings.stages, first, second, strict=True)
+    ]
+    timings_ = StageTimings(steps=[0, 1], step_s=[sum(first), sum(second)], stages=stages)
+    record = short.record.model_copy(update={"timings": timings_, "living_shares": [1.0, 1.0]})
+    both = short.model_copy(update={"record": record, "step_s": timings_.step_s, "living_shares": [1.0, 1.0]})
+    assert min(rows.at(0.0, OWN, both).step_s) >= 0.0, "a slope of 3 s would leave less than nothing of 1.7 s"
+    rounds = outcome_of([0.0], rest_s=0.01).model_copy(update={"step_s": [0.4, 6.0], "living_shares": [0.0, 1.0]})
+    rows_of_rounds = seen(LivingRows(), OWN, outcome_of([1.0, 0.0], slope_s=5.0), rounds)
+    dead, alive = rows_of_rounds.at(0.0, OWN, rounds).step_s
+    assert dead == pytest.approx(0.4), "its last step trained on nothing"
+    assert alive == pytest.approx(1.0, abs=0.3)
 
 
 def test_without_the_speed_up_nothing_is_moved() -> None:

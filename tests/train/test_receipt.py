@@ -50,7 +50,9 @@ def watched(*cycle_s: float) -> list[str]:
     now, said = [0.0], list[str]()
     watch = SpeedWatch(receipt(), said.append, lambda: (0.0, 0.0), lambda: now[0])
     state = SimpleNamespace(is_world_process_zero=True)
-    args = SimpleNamespace(steps_per_generation=len(cycle_s), num_iterations=1, gradient_accumulation_steps=1)
+    args = SimpleNamespace(
+        steps_per_generation=len(cycle_s), num_iterations=1, gradient_accumulation_steps=1, world_size=1
+    )
     watch.on_train_begin(args, state, None)
     for step in range(WARMUP_STEPS + 3 * WATCHED_STEPS):
         now[0] += 60.0 if step < WARMUP_STEPS else cycle_s[step % len(cycle_s)]
@@ -109,7 +111,7 @@ def test_groups_that_live_now_are_the_reason_for_longer_steps() -> None:
     tuned = receipt(living_share=0.15)
     told = off_by(tuned, 2.8, 0.62)
     assert told is not None and told.endswith(
-        ": 62% of groups have a spread of rewards, 15% then, and skip_dead leaves out the others"
+        ": 62% of the completions are trained on, 15% then, and skip_dead leaves out the others"
     )
     for other in (off_by(receipt(), 2.8, 0.62), off_by(tuned, 2.8, 0.2), off_by(tuned, 1.5, 0.62), off_by(tuned, 2.8)):
         assert other is not None and "answers of another length" in other
@@ -120,15 +122,16 @@ def watched_living(tuned: Receipt, *steps: tuple[float, float], cycle: int = 1, 
     now, said, rows = [0.0], list[str](), [8.0, 8.0]  # of an earlier training
     watch = SpeedWatch(tuned, said.append, lambda: (rows[0], rows[1]), lambda: now[0])
     state = SimpleNamespace(is_world_process_zero=True)
-    watch.on_train_begin(
-        SimpleNamespace(steps_per_generation=cycle, num_iterations=1, gradient_accumulation_steps=1), state, None
-    )
+    args = SimpleNamespace(
+        steps_per_generation=cycle, num_iterations=1, gradient_accumulation_steps=1, world_size=1
+    )  # fmt: skip
+    watch.on_train_begin(args, state, None)
     for step in range(WARMUP_STEPS + -(-WATCHED_STEPS // cycle) * cycle):
         share, seconds = steps[step % len(steps)]
         now[0] += seconds
         if on:
             rows[0], rows[1] = rows[0] + 16.0, rows[1] + 16.0 * (1.0 - share)
-        watch.on_step_end(None, state, None)
+        watch.on_step_end(args, state, None)
     return said
 
 
@@ -138,7 +141,7 @@ MIXED = (0.0, 1.6), (0.0, 1.6), (1.0, 3.6)
 
 def test_the_share_of_living_groups_is_that_of_the_watched_steps() -> None:
     (told,) = watched_living(receipt(living_share=0.1), (0.75, 3.0))
-    assert "75% of groups" in told
+    assert "75% of the completions are trained on" in told
 
 
 def test_a_receipt_tells_the_seconds_of_any_share_of_living_groups() -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grpo_autotune.hardware.out_of_memory import is_of_the_machine
+from grpo_autotune.seams.first_use import first_use
 from grpo_autotune.speedups.selfcheck import TOLERANCE
 from grpo_autotune.speedups.shared_prefix.attention import Attention, FastForm, Split, States
 from grpo_autotune.speedups.shared_prefix.cascade import Cascade
@@ -103,7 +104,8 @@ class Choice:
             return False
         shape = _class_of(layout)
         if shape not in self.timed:
-            self.timed[shape] = Timed(shape, layout.tokens, self._faster(form, layout))
+            with first_use():
+                self.timed[shape] = Timed(shape, layout.tokens, self._faster(form, layout))
             _logger.info("shared_prefix: %s", self.note())
         return form.failed is None and self.timed[shape].faster >= MARGIN
 

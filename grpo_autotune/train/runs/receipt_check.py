@@ -77,11 +77,12 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         now, self._seen = self._clock(), self._seen + 1
         if self._last_s is not None and self._seen > WARMUP_STEPS:
             rows, left_out = (after - before for after, before in zip(self._trained_rows(), self._rows, strict=True))
-            self._steps.append((now - self._last_s, 1.0 - left_out / rows if rows else math.nan))
+            counted = rows > 0.0 and args.world_size == 1  # several wait for the one with most rows left
+            self._steps.append((now - self._last_s, 1.0 - left_out / rows if counted else math.nan))
         self._last_s, self._rows = now, self._trained_rows()
         if len(self._steps) == -(-WATCHED_STEPS // self._cycle) * self._cycle and state.is_world_process_zero:
             steps_s, shares = zip(*self._steps, strict=True)
-            living = None if math.isnan(mean := statistics.fmean(shares)) else mean
+            living = None if any(map(math.isnan, shares)) else statistics.fmean(shares)
             step_s = typical(steps_s, self._cycle, [] if living is None else shares, self._receipt.living_s or 0.0)
             sentence = off_by(self._receipt, step_s, living)
             if sentence is not None:
@@ -104,9 +105,9 @@ def off_by(receipt: Receipt, step_s: float, living: float | None = None) -> str 
     more = 0.0 if living is None or before is None else living - before
     if living is not None and receipt.living_s is not None:
         expected_s = receipt.seconds_at(living)
-        said = f"that the receipt tells where {living:.0%} of the completions are in groups with a spread of rewards"
+        said = f"that the receipt tells where {living:.0%} of the completions are trained on"
     elif abs(more) > SAME and (more > 0.0) == (step_s > expected_s):
-        why = f"{living:.0%} of groups have a spread of rewards, {before:.0%} then, and skip_dead leaves out the others"
+        why = f"{living:.0%} of the completions are trained on, {before:.0%} then, and skip_dead leaves out the others"
     ratio = step_s / expected_s
     if abs(ratio - 1.0) <= TOLERANCE:
         return None
