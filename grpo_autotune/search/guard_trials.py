@@ -106,7 +106,7 @@ def judge_group(evaluator: Evaluator, entry: Entry, room_s: float) -> None:
     if board.loses_groups(entry.knobs):
         here, theirs = (board.living_groups(config) for config in (entry.config, board.config))
         why = (
-            f"a gradient from fewer prompts: {here:.1f} groups with any spread of rewards per step, before {theirs:.1f}"
+            f"a gradient from fewer prompts: {here:.3g} groups with any spread of rewards per step, before {theirs:.3g}"
         )
         board.note(Guard(key=GROUP, before=before, after=after, proven=False, why=why))
         return
