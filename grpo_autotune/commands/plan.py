@@ -1,5 +1,6 @@
 """`grpo-autotune plan`: how long a run will take, from a stored probe or search, or a probe that is made for it."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
@@ -16,7 +17,7 @@ from grpo_autotune.console import say
 from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.files import full_disk_told, write_whole
 from grpo_autotune.hardware import Machine, detect
-from grpo_autotune.knobs import with_knobs
+from grpo_autotune.knobs import Knobs, with_knobs
 from grpo_autotune.knobs.table import grpo_value
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import groups_per_step
@@ -26,11 +27,12 @@ from grpo_autotune.records.plan import Plan
 from grpo_autotune.records.probe import ProbeRecord, StageRow, StageTimings, seconds_once
 from grpo_autotune.records.report import Report
 from grpo_autotune.records.search import SearchReport
+from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.render.plan import plan_page
 from grpo_autotune.report.configuration import changed_keys
 from grpo_autotune.report.files import REPORT_FILE, load_report
 from grpo_autotune.report.plan import CADENCES, Basis, plan_of
-from grpo_autotune.search.comparable import without_evaluations
+from grpo_autotune.search.comparable import faster, without_evaluations
 from grpo_autotune.search.evaluator import at_expected, evened
 from grpo_autotune.search.folder import SearchFolder
 from grpo_autotune.search.leaderboard import Leaderboard
@@ -163,16 +165,22 @@ def _searched(search: SearchReport, folder: Path) -> Basis:
     board = Leaderboard(config, search.baseline.knobs, alone.record or probe.record)
     alone, rows = evened(board, board.baseline_knobs, alone), {row.number: row.knobs for row in search.trials}
     models = Models.from_probe(config, alone.record or probe.record, machine, alone)
-    timed = [  # a script's trial has only those keys in its order that the script is given
-        (spec, rows.get(spec.number) if spec.script else spec.knobs, without_evaluations(outcome))
-        for spec, outcome in trials
-        if spec.purpose == "timed"
-    ]
-    for _, knobs, outcome in timed:
-        if knobs is not None:
-            board.rows.learn(knobs, outcome)
+    board.add(board.baseline_knobs, alone, None)
+    timed = list[tuple[TrialSpec, Knobs, TrialOutcome]]()
+    for spec, outcome in trials:
+        # a script's trial has only those keys in its order that the script is given
+        knobs = rows.get(spec.number) if spec.script else {**board.baseline_knobs, **spec.knobs}
+        if spec.purpose != "timed" or knobs is None:
+            continue
+        outcome = without_evaluations(outcome)
+        if spec.place is not None:
+            if not board.changed(knobs):
+                board.see_place(spec.place, at_expected(board, knobs, outcome))
+            outcome = faster(outcome, board.paces[spec.place].at(math.inf) if spec.place in board.paces else 1.0)
+        board.rows.learn(knobs, outcome)
+        timed.append((spec, knobs, outcome))
     for spec, knobs, outcome in timed:
-        if knobs is not None and spec.source != "race":
+        if spec.source != "race":
             models = models.learn(with_knobs(config, knobs), at_expected(board, knobs, outcome))
     return Basis(models, str(folder), seconds_once(probe.record), memory_bytes=memory)
 

@@ -17,7 +17,7 @@ from grpo_autotune.cli.main import main
 from grpo_autotune.commands.plan import basis_of_run, record_of, write_phases
 from grpo_autotune.config.schema import RunConfig, load_config
 from grpo_autotune.errors import ConfigError
-from grpo_autotune.knobs import with_knobs
+from grpo_autotune.knobs import knobs_of, with_knobs
 from grpo_autotune.predict.models import Models
 from grpo_autotune.predict.objective import steps_per_pass
 from grpo_autotune.probe.breakdown import break_down
@@ -28,6 +28,7 @@ from grpo_autotune.render.plan import render_plan
 from grpo_autotune.report.build import build_report
 from grpo_autotune.report.files import save_report
 from grpo_autotune.report.plan import Basis, plan_of
+from grpo_autotune.search.comparable import faster
 from tests.support.sample_records import CPU_MACHINE, config_of, demo_record, trainer_facts
 
 NOW = datetime(2026, 1, 1)
@@ -296,29 +297,33 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.Captu
         assert "cannot be written" in line and line.count("\n") == 1
 
 
-def test_a_search_is_planned_from_its_trials(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slower", [1.0, 2.0])  # on a worker's place, which is taken out of its trials
+def test_a_search_is_planned_from_its_trials(slower: float, tmp_path: Path) -> None:
     one = basis()
     stored = json.loads((Path(__file__).parents[1] / "stored" / "search.json").read_text())
     stored |= {"config": one.models.base.model_dump(mode="json")}
     stored["config"]["grpo"] |= EVALUATES
     stored["config"]["data"] |= HELD_OUT
-    stored["baseline"]["knobs"] = {}  # the file's are of another configuration
+    smaller = plan_of(one, NOW).tables["image size"][1].knobs
+    stored["baseline"]["knobs"] = knobs_of(one.models.base, list(smaller))  # the file's are of another configuration
     (tmp_path / "search.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match="the trials of this search are gone"):
         basis_of_run(tmp_path)
-    folders = [tmp_path / "trials" / f"{number:04d}" for number in range(2)]
-    smaller = plan_of(one, NOW).tables["image size"][1].knobs
-    for number, (folder, purpose, knobs) in enumerate(zip(folders, ("probe", "timed"), ({}, smaller), strict=True)):
+    folders = [tmp_path / "trials" / f"{number:04d}" for number in range(3)]
+    asked = ("probe", {}), ("timed", {}), ("timed", smaller)
+    for number, (folder, (purpose, knobs)) in enumerate(zip(folders, asked, strict=True)):
         folder.mkdir(parents=True)
         spec = TrialSpec(number=number, purpose=purpose, config=stored["config"], knobs=knobs)
+        spec = spec.model_copy(update={"place": "core 0" if purpose == "timed" and slower > 1.0 else None})
         (folder / "spec.json").write_text(spec.model_dump_json())
         record = one.models.record.model_copy(update={"occasions": {"evaluate": 30.0}})
         outcome = TrialOutcome(number=number, status="ok", record=record, step_s=record.timings.step_s)
+        outcome = faster(outcome, 1.0 if spec.place is None else 1.0 / slower)
         (folder / "outcome.json").write_text(outcome.model_dump_json())
     searched = basis_of_run(tmp_path)
-    assert searched.once_s == {"evaluate": 30.0} and len(searched.models.outcomes) == 2
+    assert searched.once_s == {"evaluate": 30.0} and len(searched.models.outcomes) == 3
     rows = plan_of(searched, NOW).tables["image size"]
-    assert next(row for row in rows if row.knobs == smaller).speed < 1.2  # as slow as now, says its trial
+    assert next(row for row in rows if row.knobs == smaller).speed == pytest.approx(1.0, abs=0.2)  # as slow as now
 
 
 def test_a_run_of_several_ranks_is_planned_for_as_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
