@@ -73,7 +73,8 @@ class Receipt(_Part):
     of rewards: with `living_s` the share that the probe's rewards let expect, else the mean over the measured steps."""
     living_s: float | None = None
     """Seconds by which a step that trains on all its completions is longer than one that trains on none, by the steps
-    of this configuration or of the nearest; null without `skip_dead`, and where nothing told it."""
+    of this configuration or of the nearest; null without `skip_dead`, with several processes, and where nothing told
+    it."""
     peak_bytes: int | None = None
     """Most memory it took."""
     worst_case: Literal["passed", "not run"] = "not run"

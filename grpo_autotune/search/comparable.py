@@ -23,7 +23,7 @@ from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.study import distance, name_of
 
 MOST = 0.9
-"""Part of a round that its training passes may take."""
+"""Part of a step that its training pass may take where both are not of the same minutes."""
 OLD_POLICY = "old_policy"
 """Part of a stage of the training pass that computes all rows."""
 

@@ -13,14 +13,13 @@ from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Candidate, Ended, ModelError, ParetoRow, SearchReport
 from grpo_autotune.search.ablation import contributions, exact_share
 from grpo_autotune.search.acquisition import Pool, run_s
+from grpo_autotune.search.comparable import MOST
 from grpo_autotune.search.evaluator import Evaluator, expected_share
 from grpo_autotune.search.leaderboard import TIE, Entry, Leaderboard, Level
 from grpo_autotune.units import plural
 
 FILES: tuple[Level, ...] = ("tuned", "exact", "fast")
 SHOWN_SHARE = 0.01
-LONGEST = 0.9
-"""Part of a step that its training pass may take: slope and step may be of other minutes of the machine."""
 MANY = 0.9
 """Where so large a share was trained on already, steps get hardly longer."""
 PART = (
@@ -96,7 +95,7 @@ def candidate(board: Leaderboard, entry: Entry) -> Candidate:
         predicted_s=entry.predicted_s,
         raced=entry.race is not None,
         living_share=entry.living_share,
-        living_s=None if slope_s is None or not share else min(slope_s, LONGEST * step.value / share),
+        living_s=None if slope_s is None or not share else min(slope_s, MOST * step.value / share),
         peak_bytes=entry.peak_bytes,
         worst_case=entry.worst_case,
     )

@@ -74,12 +74,12 @@ class SpeedWatch(TrainerCallback):  # type: ignore[misc]
         self._rows = self._trained_rows()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now, self._seen = self._clock(), self._seen + 1
+        now, self._seen, counts = self._clock(), self._seen + 1, self._trained_rows()
         if self._last_s is not None and self._seen > WARMUP_STEPS:
-            rows, left_out = (after - before for after, before in zip(self._trained_rows(), self._rows, strict=True))
+            rows, left_out = (after - before for after, before in zip(counts, self._rows, strict=True))
             counted = rows > 0.0 and args.world_size == 1  # several wait for the one with most rows left
             self._steps.append((now - self._last_s, 1.0 - left_out / rows if counted else math.nan))
-        self._last_s, self._rows = now, self._trained_rows()
+        self._last_s, self._rows = now, counts
         if len(self._steps) == -(-WATCHED_STEPS // self._cycle) * self._cycle and state.is_world_process_zero:
             steps_s, shares = zip(*self._steps, strict=True)
             living = None if any(map(math.isnan, shares)) else statistics.fmean(shares)
