@@ -188,7 +188,8 @@ def _devices(report: Report) -> list[str]:
     if power is not None:
         words.append(f"drew {power:.0f} W")
     if cpu is not None:
-        words.append(f"this process used {cpu / 100.0:.2g} processor cores")
+        cores = f"{cpu / 100.0:.2g}"
+        words.append(f"this process used {cores} processor {'core' if cores == '1' else 'cores'}")
     if report.others is not None:
         words.append(report.others.words)
     return [f"On average {listing(words)}."] if words else []

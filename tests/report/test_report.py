@@ -16,7 +16,7 @@ from grpo_autotune.errors import ConfigError, NothingSucceeded
 from grpo_autotune.estimate.passes import Work
 from grpo_autotune.hardware import Ceilings, detect
 from grpo_autotune.probe.breakdown import Limit
-from grpo_autotune.records.probe import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings
+from grpo_autotune.records.probe import STAGES, ProbeRecord, RankTimings, StageRow, StageTimings, Utilisation
 from grpo_autotune.records.report import Report, StageReport
 from grpo_autotune.render.sentences import header_lines
 from grpo_autotune.render.terminal import render
@@ -383,3 +383,9 @@ def test_a_real_probe_end_to_end(tiny: Any, tmp_path: Path, picture_rows: Any) -
     assert load_report(save_report(report, tmp_path)) == report
     text = render(report)
     assert "Qwen3VLForConditionalGeneration" in text and "grpo.beta" in text
+
+
+@pytest.mark.parametrize(("percent", "words"), [(100.0, "1 processor core."), (73.0, "0.73 processor cores.")])
+def test_one_core_is_no_cores(percent: float, words: str) -> None:
+    used = [Utilisation(stage="backward", samples=8, cpu_percent=percent)]
+    assert f"On average this process used {words}" in render(build_report(demo_record(utilisation=used)))
