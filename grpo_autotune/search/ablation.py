@@ -11,7 +11,7 @@ from grpo_autotune.knobs.apply import why_not
 from grpo_autotune.predict.room import fits
 from grpo_autotune.records.search import Contribution
 from grpo_autotune.search.acquisition import run_s
-from grpo_autotune.search.evaluator import Evaluator
+from grpo_autotune.search.evaluator import Evaluator, is_alone
 from grpo_autotune.search.leaderboard import TIE, Entry
 
 SMALL = 1.1
@@ -33,7 +33,8 @@ def taken_back(evaluator: Evaluator, knobs: Knobs, room_s: float) -> Entry | Non
     """The entry of a combination, measured alone where it fits into memory and into `room_s` seconds; None without
     one."""
     entry, memory_bytes = evaluator.board.entry(knobs), evaluator.log.memory_bytes
-    tried = _is_alone(entry) or any(row.knobs == knobs and row.place is None for row in evaluator.log.rows)
+    rows = (row for row in evaluator.log.rows if row.place is None and row.source != "race")
+    tried = _is_alone(entry) or any(row.knobs == knobs for row in rows)
     config = evaluator.board.config_of(knobs)
     if tried or not fits(evaluator.models, config, memory_bytes) or not evaluator.affords(knobs, room_s):
         return entry
@@ -41,7 +42,7 @@ def taken_back(evaluator: Evaluator, knobs: Knobs, room_s: float) -> Entry | Non
 
 
 def _is_alone(entry: Entry | None) -> bool:
-    return entry is not None and entry.place is None
+    return entry is not None and is_alone(entry)
 
 
 def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:

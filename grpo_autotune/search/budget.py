@@ -1,5 +1,6 @@
 """A budget of wall-clock seconds that is kept: the rest, the part set aside, and the cost of the next trial."""
 
+import math
 import re
 import statistics
 import time
@@ -16,7 +17,7 @@ CLOSING_S = 2.0
 WARM_SAVES = 0.6
 """Of start and warm-up, where the process has its libraries loaded: two thirds of what was measured on CPUs."""
 STARTS = 1.5
-"""Cold starts that the two take who start side by side."""
+"""Cold starts, with their steps to warm up, that two take who start side by side; of twice as many so many more."""
 SURE = 1.15
 """A trial is begun where its estimate and this much more fit."""
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -54,10 +55,11 @@ class Budget:
         """Seconds spent, over all processes."""
         return self._spent_s + self._clock() - self._begun
 
-    def keep(self, needed_s: float) -> None:
-        """Keep so much for the end; the plain share where it is less, or more than may be kept."""
-        share_s = END_SHARE * self.total_s
-        self.end_s = max(share_s, needed_s) if needed_s <= MOST_END_SHARE * self.total_s else share_s
+    def keep(self, *needed_s: float) -> None:
+        """Keep the first of these for the end that is no more than may be kept; the plain share where it is less, or
+        all are more."""
+        most_s = MOST_END_SHARE * self.total_s
+        self.end_s = max(END_SHARE * self.total_s, next((one for one in needed_s if one <= most_s), 0.0))
 
     @property
     def left_s(self) -> float:
@@ -100,9 +102,9 @@ class Costs:
         """The same of a fresh process."""
         return max(self._cold, default=0.0)
 
-    def pair_s(self, *, warm: bool) -> float:
-        """Start-up of two side by side; `warm` if both processes are there."""
-        return 2.0 * self.beside_s if warm else STARTS * self.cold_s
+    def race_s(self, lanes: int, *, warm: bool) -> float:
+        """Start-up and warm-up of several side by side; `warm` if the processes of two are there."""
+        return 2.0 * self.beside_s if warm and lanes == 2 else STARTS ** math.log2(lanes) * self.cold_s
 
     def trial_s(self, step_s: float, steps: int) -> float:
         return self.beside_s + steps * step_s

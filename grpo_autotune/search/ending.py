@@ -6,12 +6,16 @@ entry that leads is tested once, and so is what ablation trials bring up later. 
 written that was not raced.
 """
 
+import math
+from collections.abc import Sequence
+
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP
+from grpo_autotune.predict.room import MEMORY_SHARE
 from grpo_autotune.search.ablation import SMALL, contribution, measure_ablations, simpler, taken_back
 from grpo_autotune.search.budget import SURE
 from grpo_autotune.search.evaluator import Evaluator
-from grpo_autotune.search.final_race import FIRST_ROUNDS, compare, is_over, race, race_s
+from grpo_autotune.search.final_race import CLOSE_ROUNDS, LEAST_ROUNDS, compare, first_rounds, is_over, race, race_s
 from grpo_autotune.search.guard_trials import judge_group, run_worst_case, worst_case_s
 from grpo_autotune.search.leaderboard import TIE, Entry, Level
 from grpo_autotune.search.study import name_of
@@ -19,14 +23,51 @@ from grpo_autotune.search.study import name_of
 FINALISTS = 3
 CLOSE = 1.5
 """On a machine that others use, too, one combination may differ by so much from itself from one trial to the next."""
+LEVELS: tuple[Level, ...] = ("exact", "tuned", "open", "fast")
+MOST_BESIDE = 3
+"""So many run beside the leader and the user's in their race."""
 RIVALS = 6
 """So many of those that come closest to the best by their trials may be raced against it."""
 
 
-def end_s(evaluator: Evaluator, entry: Entry) -> float:
-    """Expected seconds of an entry's worst case and race, with what they may take longer."""
-    alone = entry.worst_case == "not run"
-    return SURE * (race_s(evaluator, entry, FIRST_ROUNDS, alone=alone) + worst_case_s(evaluator, entry))
+def end_s(evaluator: Evaluator, entry: Entry, beside: Sequence[Knobs] = (), rounds: int | None = None) -> float:
+    """Expected seconds of an entry's worst case and race, with others `beside` it and of so many rounds, with what they
+    may take longer; of what is not done yet."""
+    missing_s, is_new = 0.0, entry.worst_case == "not run"
+    if entry.race is None or not is_over(entry.race.speedup):
+        rounds = rounds or first_rounds(evaluator.board.confidence, len(beside))
+        missing_s = race_s(evaluator, entry, rounds, beside=beside, alone=is_new)
+    return SURE * (missing_s + (worst_case_s(evaluator, entry) if is_new else 0.0))
+
+
+def contenders(evaluator: Evaluator, entry: Entry, room_s: float) -> list[Knobs]:
+    """Combinations that an entry's race can decide on along with it in `room_s` seconds, side by side in memory: the
+    entry without one of its changes, those first that bring least, and what trials do not surely tell from it. None of
+    an entry that was raced, and beside an engine."""
+    board, models, memory_bytes = evaluator.board, evaluator.models, evaluator.log.memory_bytes
+    configs = [board.config, entry.config]
+    if entry.race is not None or memory_bytes is None or any(config.use_vllm for config in configs):
+        return []
+    rows = [row for key in board.changed(entry.knobs) if (row := contribution(evaluator, entry, key)).factor]
+    rows.sort(key=lambda row: row.factor or 0.0)
+    fewer = [board.without(entry.knobs, row.key) for row in rows if (row.factor or CLOSE) < CLOSE]
+    level = next(level for level in LEVELS if board.allows(entry.knobs, level))
+    close = [one.knobs for one in board.ranking(level) if board.ratio(one, entry).value < SMALL]
+    failed = [row.knobs for row in evaluator.log.rows if row.status not in ("ok", "timeout")]
+    rss_bytes = max((row.rss_bytes or 0 for row in board.record.utilisation), default=0)
+    host_bytes = evaluator.machine.memory_bytes
+    chosen: list[Knobs] = []
+    for knobs in [simpler(evaluator, entry), *fewer, *close]:
+        config, more = board.config_of(knobs), [*chosen, knobs]
+        if knobs in (board.baseline_knobs, entry.knobs, *chosen, *failed) or config.use_vllm:
+            continue
+        bytes_ = math.fsum(models.peak_bytes(one).high for one in [*configs, config])
+        fit = bytes_ <= MEMORY_SHARE * memory_bytes and (2 + len(more)) * rss_bytes <= MEMORY_SHARE * host_bytes
+        if fit and board.allows(knobs, level) and end_s(evaluator, entry, more) <= room_s:
+            chosen, configs = more, [*configs, config]
+        if len(chosen) == MOST_BESIDE:
+            break
+    return chosen
 
 
 class Ending:
@@ -34,6 +75,7 @@ class Ending:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator, self._board, self._budget = evaluator, evaluator.board, evaluator.budget
+        self._sided: set[str] = set()  # raced with others beside them
         self._tested = {name for name, entry in self._board.entries.items() if _held(entry)}  # by an earlier process
 
     def judge_groups(self) -> None:
@@ -46,7 +88,7 @@ class Ending:
 
     def settle(self, level: Level) -> None:
         """Test the best of a file, the next best only where it does not hold, and what challenges one that does."""
-        for _ in range(FINALISTS):
+        for _ in range(FINALISTS + 1):  # one of them may decide between several and is tested after it
             entry = self._challenger(level)
             if entry is None:
                 return
@@ -67,8 +109,16 @@ class Ending:
         if leader.race is not None and name_of(leader.knobs) in self._tested:
             fresh = (entry for entry in rivals if name_of(entry.knobs) not in self._tested)
             return next((entry for entry in fresh if self._challenges(entry, leader)), None)
+        if leader.race is not None:  # beside others
+            for other in (entry for entry in rivals if entry.race is not None):
+                if other.knobs != (leader := board.best(level)).knobs:
+                    self._better(leader, other)
+            leader = board.best(level)
+            return self._challenger(level) if name_of(leader.knobs) in self._tested else leader
         for number, rival in enumerate(rivals[:FINALISTS]):
             entry = self._alone(rival)
+            if name_of(entry.knobs) not in self._tested and self._contenders(entry):
+                return entry
             for other in rivals[number + 1 : number + 1 + RIVALS]:
                 entry = self._better(entry, other)
             entry = self._without_idle(entry)
@@ -79,27 +129,34 @@ class Ending:
         return None
 
     def _challenges(self, entry: Entry, leader: Entry) -> bool:
-        """True where a race may show an entry to be faster than a raced leader, or as fast and simpler."""
-        loss = self._board.ratio(entry, leader)
-        faster, simpler = loss.value < 1.0 - TIE, self._board.is_simpler(entry, leader)
-        if not faster and not (simpler and loss.low <= 1.0 and loss.value < SMALL):
+        """True where an entry is surely faster than a raced leader, or their race shows it to be, or to be as fast and
+        simpler, and there is time for a race of its own."""
+        loss, is_simpler = self._board.ratio(entry, leader), self._board.is_simpler(entry, leader)
+        faster = loss.value < 1.0 - TIE
+        if not faster and not (is_simpler and loss.low <= 1.0 and loss.value < SMALL):
             return False
-        return self._better(leader, entry, unknown=faster).knobs == entry.knobs
+        if end_s(self._evaluator, entry, rounds=LEAST_ROUNDS) > self._budget.left_s:
+            return False
+        return self._better(leader, entry, unknown=faster and loss.high < 1.0).knobs == entry.knobs
 
     def _better(self, leader: Entry, rival: Entry, *, unknown: bool = False) -> Entry:
         """The one to recommend of two, by a race of both where trials do not tell them apart and there is time for it;
-        else the rival where it is `unknown` to be worse, or as good by their trials and simpler."""
+        else the rival where it is `unknown` to be worse, or as good by their trials and simpler than one that was not
+        raced."""
         board, name = self._board, name_of(leader.knobs)
         leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
         loss = board.ratio(rival, leader)
         if board.pair(rival, leader) is None and (loss.low <= 1.0 or loss.value < CLOSE):
-            compare(self._evaluator, leader, rival, min(self._room_s(leader), self._room_s(rival)) / 2)
+            room_s = min(self._room_s(leader), self._room_s(rival))
+            needed_s = race_s(self._evaluator, rival, CLOSE_ROUNDS, leader)
+            compare(self._evaluator, leader, rival, max(room_s / 2, min(room_s, needed_s)))
         leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
         if rival.fails is not None:
             return leader
         if board.pair(rival, leader) is not None:
             return rival if board.prefers(rival, leader) else leader
         as_good = loss.low <= 1.0 and loss.value < SMALL and board.is_simpler(rival, leader)
+        as_good = as_good and (leader.race is None or rival.race is not None)
         return rival if unknown or as_good else leader
 
     def _without_idle(self, entry: Entry) -> Entry:
@@ -124,13 +181,25 @@ class Ending:
         """Run an entry's worst case and race, while there is time."""
         entry = self._alone(entry)
         evaluator, left_s = self._evaluator, self._budget.left_s
+        if others := self._contenders(entry):
+            self._sided.add(name_of(entry.knobs))
+            race(evaluator, entry, left_s - SURE * worst_case_s(evaluator, entry), others)
+            return
         self._tested.add(name_of(entry.knobs))
+        over = entry.race is not None and is_over(entry.race.speedup)
         if entry.worst_case == "not run":
-            entry = run_worst_case(evaluator, entry, max(left_s / 2, left_s - race_s(evaluator, entry, alone=True)))
-        if entry.fails is None and (entry.race is None or not is_over(entry.race.speedup)):
+            race_room_s = 0.0 if over else race_s(evaluator, entry, alone=True)
+            entry = run_worst_case(evaluator, entry, max(left_s / 2, left_s - race_room_s))
+        if entry.fails is None and not over:
             entry = race(evaluator, entry, self._budget.left_s)
         if entry.fails is None:
             judge_group(evaluator, entry, self._budget.left_s)
+
+    def _contenders(self, entry: Entry) -> list[Knobs]:
+        """Combinations that its race decides on along with it, once."""
+        if name_of(entry.knobs) in self._sided:
+            return []
+        return contenders(self._evaluator, entry, self._budget.left_s)
 
     def _alone(self, entry: Entry) -> Entry:
         return self._evaluator.alone(entry, self._room_s(entry))
@@ -142,5 +211,4 @@ class Ending:
 
 def _held(entry: Entry) -> bool:
     """True of an entry, measured alone, whose worst case and race need not be run again."""
-    tested = entry.place is None and entry.worst_case == "passed"
-    return tested and entry.race is not None and is_over(entry.race.speedup)
+    return entry.worst_case == "passed" and entry.race is not None and is_over(entry.race.speedup)

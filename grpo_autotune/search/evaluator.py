@@ -1,6 +1,7 @@
 """Evaluation of a combination: a trial within its limits, learnt by leaderboard, models and study."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class Evaluator:
         self.log, self.board, self.models, self.study = log, board, models, study
         self.budget, self.costs, self.machine = log.budget, log.costs, log.task.machine
         self._probe, self._lengths = probe, completion_lengths(board.record)
+        self.undecided: dict[tuple[str, str], list[tuple[float, float]]] = {}  # rounds of two beside others in a race
         self._uneven: dict[str, tuple[Entry, TrialOutcome]] = {}  # measured, and no step told how long training takes
 
     @property
@@ -91,20 +93,27 @@ class Evaluator:
         self.record(spec, outcome)
         return outcome
 
-    def race(self, before: Entry, rival: Entry, rounds: int, limit_s: float) -> tuple[TrialOutcome, TrialOutcome]:
-        """Run so many rounds of two combinations interleaved, and record both."""
-        first = self.spec("timed", before.knobs, limit_s, steps=1, source="race")
-        second = self.spec("timed", rival.knobs, limit_s, steps=1, source="race")
-        second = second.model_copy(update={"number": first.number + 1})
-        outcomes = self.log.race([first, second], self._progress(second), rounds=rounds, deadline_s=limit_s)
-        sides = list(zip((before.knobs, rival.knobs), outcomes, strict=True))
+    def race(self, lanes: Sequence[Knobs], rounds: int, limit_s: float) -> list[TrialOutcome]:
+        """Run so many rounds of several combinations interleaved, and record all."""
+        first = self.log.task.folder.next_number()
+        specs = [
+            self.spec("timed", knobs, limit_s, steps=1, source="race").model_copy(update={"number": number})
+            for number, knobs in enumerate(lanes, first)
+        ]
+        outcomes = self.log.race(specs, self._progress(specs[1]), rounds=rounds, deadline_s=limit_s)
+        sides = list(zip(lanes, outcomes, strict=True))
         for knobs, outcome in sides:
             self.board.rows.learn(knobs, outcome)
-        one, other = (at_expected(self.board, knobs, outcome) for knobs, outcome in sides)
+        even = [at_expected(self.board, knobs, outcome) for knobs, outcome in sides]
         self.even_out()
-        self.record(first, one)
-        self.record(second, other)
-        return one, other
+        for spec, outcome in zip(specs, even, strict=True):
+            self.record(spec, outcome)
+        return even
+
+    def enter(self, knobs: Knobs, outcome: TrialOutcome) -> None:
+        """Enter a combination that only a race has measured; the user's has its trial."""
+        if self.board.entry(knobs) is None and name_of(knobs) != name_of(self.board.baseline_knobs):
+            self.board.add(knobs, outcome, None)
 
     def timed(self, knobs: Knobs, source: str, room_s: float, claim: Claim | None = None) -> Entry | None:
         """Measure a combination alone in at most `room_s` seconds; None where it did not end well."""
@@ -119,7 +128,7 @@ class Evaluator:
     def alone(self, entry: Entry, room_s: float) -> Entry:
         """An entry that was measured beside others once more alone, where `room_s` seconds hold that."""
         tried = any(row.source == "alone" and name_of(row.knobs) == name_of(entry.knobs) for row in self.log.rows)
-        if entry.place is None or tried or not self.affords(entry.knobs, room_s):
+        if is_alone(entry) or tried or not self.affords(entry.knobs, room_s):
             return entry
         return self.timed(entry.knobs, "alone", room_s) or entry
 
@@ -256,6 +265,11 @@ class Evaluator:
             self.study.tell_infeasible(claim, outcome.number, attributes, over_time=1.0)
         else:
             self.study.fail(claim, outcome.why or outcome.status, outcome.number)
+
+
+def is_alone(entry: Entry) -> bool:
+    """True of an entry that was measured beside no other worker's trials, or raced."""
+    return entry.place is None or entry.race is not None
 
 
 def evened(board: Leaderboard, knobs: Knobs, outcome: TrialOutcome) -> TrialOutcome:

@@ -1,16 +1,20 @@
-"""Interleaved race of two combinations on the same prompts, so that a disturbance of the machine slows both.
+"""Interleaved race of combinations on the same prompts, so that a disturbance of the machine slows all.
 
-Each round gives one ratio of their seconds per step; the ratio is the median of them with its bootstrap interval. The
-winner is raced against the user's configuration, and before that against what its trial does not surely beat. Rounds
-go on while noise hides which is better, and there is time.
+Each round gives one ratio of two's seconds per step; the ratio is the median of them with its bootstrap interval. The
+winner is raced against the user's configuration, where they fit side by side together with what may be as good: itself
+without one change, and what comes close to it. What is left undecided is raced in pairs. Rounds go on while noise hides
+which is better, and there is time.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from grpo_autotune.knobs import Knobs
 from grpo_autotune.predict.models import stage_seconds
 from grpo_autotune.predict.objective import Interval, median_interval
 from grpo_autotune.records.search import RaceRow
+from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.ablation import SMALL
 from grpo_autotune.search.evaluator import Evaluator
 from grpo_autotune.search.leaderboard import TIE, Entry, RaceResult
@@ -24,18 +28,74 @@ LEAST_ROUNDS = 3
 CLOSE_ROUNDS, MOST_CLOSE_ROUNDS = 10, 80
 """The same of two that are close: as many at a time as take no longer than starting both, and at most."""
 SPEED_MARGIN = 1.2
-"""A round may take this much longer than both trials' medians say."""
+"""A round may take this much longer than all trials' medians say."""
 
 
-def race(evaluator: Evaluator, rival: Entry, room_s: float) -> Entry:
-    """Race a combination against the user's configuration; its entry with the result, as it was where there was no
-    time, and barred from winning where it failed."""
+class _Race:
+    """Seconds of each round of the combinations of a race, and by stage those of their last steps."""
+
+    def __init__(self, evaluator: Evaluator, lanes: Sequence[Knobs]) -> None:
+        self._board, self._keep, self.lanes = evaluator.board, evaluator.log.task.folder.keep_race, lanes
+        self._undecided = evaluator.undecided
+        names = name_of(lanes[0]), name_of(lanes[1])
+        others = [row[::-1] for row in evaluator.undecided.get(names[::-1], [])]
+        self.rounds: list[tuple[float, ...]] = [*evaluator.undecided.get(names, others)] if len(lanes) == 2 else []
+        self._stages_s: list[dict[str, float]] = [{} for _ in lanes]
+
+    def add(self, outcomes: Sequence[TrialOutcome]) -> None:
+        """Enter the rounds that all have made; the last may have been cut short."""
+        self.rounds += zip(*(outcome.step_s for outcome in outcomes), strict=False)
+        self._stages_s = [stage_seconds(one.record.timings) if one.record else {} for one in outcomes]
+
+    def judge(self, before: int, after: int, confidence: float, *, final: bool = True) -> bool:
+        """True where one lane's score over that of another is told, which is noted and kept in the search's folder;
+        else their rounds stay for a race of both, and if they are enough for a verdict they are a `final` one."""
+        first, second = (self._board.entries[name_of(self.lanes[lane])] for lane in (before, after))
+        names = name_of(first.knobs), name_of(second.knobs)
+        self._undecided[names] = [(row[before], row[after]) for row in self.rounds]
+        ratio = self.result(before, after, confidence).speedup
+        enough = ratio.n >= fewest_rounds(confidence) or is_equal(ratio)
+        told = enough and is_told(ratio)
+        if told or (enough and final):
+            self._board.note_pair(first, second, ratio)
+        if told:
+            del self._undecided[names]
+            self._keep(RaceRow(before=first.knobs, rival=second.knobs, speedup=ratio))
+        return told
+
+    def result(self, before: int, after: int, confidence: float) -> RaceResult:
+        """One lane's score over that of another, and both's seconds per step; that over the user's is kept in the
+        search's folder."""
+        board, lanes = self._board, (before, after)
+        first, second = (board.entries[name_of(self.lanes[lane])] for lane in lanes)
+        apart_s = [board.apart_s(self._stages_s[lane]) for lane in lanes]
+        ratios = [(row[before] + apart_s[0]) / (row[after] + apart_s[1]) for row in self.rounds]
+        worth = board.worth(second.config) / board.worth(first.config)
+        speedup = board.bounded(median_interval(ratios, confidence).times(worth), first, second)
+        before_s, after_s = (median_interval([row[lane] for row in self.rounds], confidence) for lane in lanes)
+        if first is board.baseline:
+            self._keep(
+                RaceRow(before=first.knobs, rival=second.knobs, speedup=speedup, step=after_s, before_step=before_s)
+            )
+        return RaceResult(speedup, step=after_s, baseline_step=before_s)
+
+
+def race(evaluator: Evaluator, rival: Entry, room_s: float, beside: Sequence[Knobs] = ()) -> Entry:
+    """Race a combination against the user's configuration, with others `beside` it; its entry with the result, as it
+    was where there was no time, and barred from winning where it failed."""
     board = evaluator.board
-    rounds = FIRST_ROUNDS, MORE_ROUNDS, MOST_ROUNDS
-    for result in _results(evaluator, board.baseline, rival, room_s, rounds, board.confidence):
-        rival = board.update(rival, race=result)
-        if is_over(result.speedup):
+    rounds, seen = (first_rounds(board.confidence, len(beside)), MORE_ROUNDS, MOST_ROUNDS), None
+    for seen in _looks(evaluator, [board.baseline_knobs, rival.knobs, *beside], room_s, rounds):
+        for lane, knobs in enumerate(seen.lanes[1:], 1):
+            before = board.entries[name_of(knobs)]
+            if before.race is None or before.race.speedup.n < len(seen.rounds):
+                board.update(before, race=seen.result(0, lane, board.confidence))
+        rival = board.entries[name_of(rival.knobs)]
+        if rival.race is not None and is_over(rival.race.speedup):
             break
+    for one, other in itertools.combinations(range(1, len(seen.lanes) if seen else 1), 2):
+        assert seen is not None
+        seen.judge(one, other, _confidence_beside(board.confidence, len(beside)), final=False)
     return board.entries[name_of(rival.knobs)]
 
 
@@ -50,12 +110,8 @@ def compare(evaluator: Evaluator, leader: Entry, rival: Entry, room_s: float) ->
     pair_s = race_s(evaluator, rival, 1, leader) - race_s(evaluator, rival, 0, leader)
     rounds = max(FIRST_ROUNDS, min(CLOSE_ROUNDS, int(race_s(evaluator, rival, 0, leader) / pair_s)))
     confidence = confidence_of(evaluator.board.confidence, rounds)
-    fewest = fewest_rounds(confidence)
-    for result in _results(evaluator, leader, rival, room_s, (rounds, rounds, MOST_CLOSE_ROUNDS), confidence):
-        if result.speedup.n < fewest and not is_equal(result.speedup):
-            continue
-        evaluator.board.note_pair(leader, rival, result.speedup)
-        if is_told(result.speedup):
+    for seen in _looks(evaluator, [leader.knobs, rival.knobs], room_s, (rounds, rounds, MOST_CLOSE_ROUNDS)):
+        if seen.judge(0, 1, confidence):
             break
 
 
@@ -81,61 +137,87 @@ def confidence_of(confidence: float, rounds: int) -> float:
     return 1.0 - (1.0 - confidence) * rounds / MOST_CLOSE_ROUNDS
 
 
-def _results(
-    evaluator: Evaluator, before: Entry, rival: Entry, room_s: float, rounds: tuple[int, int, int], confidence: float
-) -> Iterator[RaceResult]:
-    """Score of a rival over that of another entry after the first so many rounds, then after more, and at most; a rival
-    that fails is barred from winning, but one whose memory ran out beside another than the user's."""
-    board, budget = evaluator.board, evaluator.budget
-    end_s, pairs = budget.elapsed_s + room_s, list[tuple[float, float]]()
-    folder = evaluator.log.task.folder
-    wanted, more, most = rounds
-    while len(pairs) < most:
-        left_s = end_s - budget.elapsed_s
-        fitting = min(wanted, rounds_that_fit(evaluator, rival, left_s, before))
-        if fitting < LEAST_ROUNDS:
+def first_rounds(confidence: float, beside: int) -> int:
+    """Rounds of a race with the user's configuration before the first look; enough to tell those beside the rival from
+    it and from each other."""
+    return max(FIRST_ROUNDS, fewest_rounds(_confidence_beside(confidence, beside))) if beside else FIRST_ROUNDS
+
+
+def _confidence_beside(confidence: float, beside: int) -> float:
+    """Of the verdict on each two of a rival and so many beside it, for all to be as sure as `confidence` together."""
+    return 1.0 - (1.0 - confidence) / max(1, math.comb(beside + 1, 2))
+
+
+def _looks(
+    evaluator: Evaluator, lanes: Sequence[Knobs], room_s: float, rounds: tuple[int, int, int]
+) -> Iterator[_Race]:
+    """A race after the first so many rounds, then after more, and at most. Where not all run side by side, it is begun
+    anew with the first two; of these a rival that fails is barred from winning, but one whose memory ran out beside
+    another than the user's."""
+    board, budget, seen = evaluator.board, evaluator.budget, _Race(evaluator, lanes)
+    end_s, (wanted, more, most) = budget.elapsed_s + room_s, rounds
+    while len(seen.rounds) < most:
+        before, rival = (board.entries[name_of(knobs)] for knobs in lanes[:2])
+        left_s, beside = end_s - budget.elapsed_s, lanes[2:]
+        fitting = min(wanted, rounds_that_fit(evaluator, rival, left_s, before, beside))
+        outcomes = evaluator.race(lanes, fitting, left_s) if fitting >= LEAST_ROUNDS else []
+        failed = [one.status not in ("ok", "timeout") or not one.step_s for one in outcomes]
+        if beside and (not outcomes or any(failed)):
+            lanes = seen.lanes = lanes[:2]
+            seen.rounds = [row[:2] for row in seen.rounds]
+            continue
+        if not outcomes:
             return
-        one, other = evaluator.race(before, rival, fitting, left_s)
-        before = board.entries[name_of(before.knobs)]
+        one, other = outcomes[:2]
         if one.status == "ok" and other.status not in ("ok", "timeout"):
             if other.status != "oom" or before.knobs == board.baseline_knobs:
-                failed = f"failed in the race: {other.why or other.status}"
-                folder.keep_race(RaceRow(before=before.knobs, rival=rival.knobs, fails=failed))
-                board.update(rival, fails=failed, race=None)
+                why = f"failed in the race: {other.why or other.status}"
+                evaluator.log.task.folder.keep_race(RaceRow(before=before.knobs, rival=rival.knobs, fails=why))
+                board.update(rival, fails=why, race=None)
             return
-        living = other.record.living_share if other.record else rival.living_share
-        rival = board.add_peak(rival, other.peak_bytes, living_share=living)
-        pairs += zip(one.step_s, other.step_s, strict=False)  # the last round may have been cut short
-        if len(pairs) < LEAST_ROUNDS:
+        seen.add(outcomes)
+        for knobs, outcome in zip(lanes[1:], outcomes[1:], strict=True):
+            if len(seen.rounds) >= LEAST_ROUNDS:
+                cycle = outcome.record.timings.cycle if outcome.record else 1  # of whose mean a round is
+                steps_s = [s for s in outcome.step_s for _ in range(cycle)]
+                evaluator.enter(knobs, outcome.model_copy(update={"step_s": steps_s}))
+            if (entry := board.entry(knobs)) is not None:
+                living = outcome.record.living_share if outcome.record else entry.living_share
+                board.add_peak(entry, outcome.peak_bytes, living_share=living)
+        if len(seen.rounds) < LEAST_ROUNDS:
             return
-        sides = [stage_seconds(side.record.timings) if side.record else {} for side in (one, other)]
-        aside = [board.apart_s(stages_s) for stages_s in sides]
-        ratios = [(first + aside[0]) / (second + aside[1]) for first, second in pairs]
-        worth = board.worth(rival.config) / board.worth(before.config)
-        speedup = board.bounded(median_interval(ratios, confidence).times(worth), before, rival)
-        before_s, after_s = (median_interval(side, confidence) for side in zip(*pairs, strict=True))
-        row = RaceRow(before=before.knobs, rival=rival.knobs, speedup=speedup, step=after_s, before_step=before_s)
-        folder.keep_race(row)
-        yield RaceResult(speedup, step=after_s, baseline_step=before_s)
+        yield seen
         wanted = more
 
 
 def race_s(
-    evaluator: Evaluator, rival: Entry, rounds: int = LEAST_ROUNDS, before: Entry | None = None, *, alone: bool = False
+    evaluator: Evaluator,
+    rival: Entry,
+    rounds: int = LEAST_ROUNDS,
+    before: Entry | None = None,
+    beside: Sequence[Knobs] = (),
+    *,
+    alone: bool = False,
 ) -> float:
-    """Seconds of a race, by default of the shortest, and against the user's configuration: both start side by side,
-    warm up, and run the rounds; `alone`, after a trial that leaves no second process. With an engine in one of them
-    each block starts and warms up anew (`trials.parent.interleave`); of two in a row the second may find its process
+    """Seconds of a race, by default of the shortest, and against the user's configuration: all start side by side, warm
+    up, and run the rounds; `alone`, after a trial that leaves no second process. With an engine in one of them each
+    block starts and warms up anew (`trials.parent.interleave`); of two in a row the second may find its process
     warm."""
-    before = before or evaluator.board.baseline
-    pair_s = (before.step.value + rival.step.value) * rival.cycle
+    before, board = before or evaluator.board.baseline, evaluator.board
+    round_s = (before.step.value + rival.step.value) * rival.cycle
     if before.config.use_vllm or rival.config.use_vllm:
-        return (rounds + 1) * evaluator.costs.cold_s + SPEED_MARGIN * 2 * rounds * pair_s
-    start_s = evaluator.costs.pair_s(warm=False) if alone else evaluator.log.pair_s
-    return start_s + SPEED_MARGIN * (rounds + 1) * pair_s
+        return (rounds + 1) * evaluator.costs.cold_s + SPEED_MARGIN * 2 * rounds * round_s
+    for knobs in beside:
+        entry = board.entry(knobs)
+        step = entry.step if entry is not None else evaluator.models.step_s(board.config_of(knobs))
+        round_s += step.value * rival.cycle
+    start_s = evaluator.costs.race_s(2 + len(beside), warm=evaluator.log.has_pair and not alone)
+    return start_s + SPEED_MARGIN * rounds * round_s
 
 
-def rounds_that_fit(evaluator: Evaluator, rival: Entry, room_s: float, before: Entry | None = None) -> int:
-    """Rounds after both have started and made a step to warm up."""
-    start_s = race_s(evaluator, rival, 0, before)
-    return max(0, int((room_s - start_s) / (race_s(evaluator, rival, 1, before) - start_s)))
+def rounds_that_fit(
+    evaluator: Evaluator, rival: Entry, room_s: float, before: Entry | None = None, beside: Sequence[Knobs] = ()
+) -> int:
+    """Rounds after all have started and made a step to warm up."""
+    start_s = race_s(evaluator, rival, 0, before, beside)
+    return max(0, int((room_s - start_s) / (race_s(evaluator, rival, 1, before, beside) - start_s)))

@@ -27,9 +27,9 @@ from grpo_autotune.records.trial import TrialOutcome
 from grpo_autotune.search.acquisition import Pool, Ranking, rank
 from grpo_autotune.search.budget import MOST_END_SHARE, SURE, Budget
 from grpo_autotune.search.crew import Crew
-from grpo_autotune.search.ending import Ending, end_s
+from grpo_autotune.search.ending import Ending, contenders, end_s
 from grpo_autotune.search.evaluator import Evaluator, Order
-from grpo_autotune.search.final_race import FIRST_ROUNDS, race_s
+from grpo_autotune.search.final_race import FIRST_ROUNDS, LEAST_ROUNDS, race_s
 from grpo_autotune.search.folder import SearchFolder, fingerprint
 from grpo_autotune.search.guard_trials import RewardTrials, group_s, open_questions
 from grpo_autotune.search.start import Fit, Recalled, measure_baseline, open_search, recall, refuse_server
@@ -199,13 +199,17 @@ class Session:
 
     def _keep_for_the_end(self) -> None:
         """Keep time for the leader's worst case and race; with nothing to race, a first rival is worth more."""
-        leader, evaluator, room_s = self._board.ranking("open")[0], self._evaluator, 0.0
-        if leader is not self._board.baseline:  # and for one more trial, without changes that bring nothing
-            again = 1 if leader.place is None else 2  # and that was measured beside others, once more alone
-            room_s = end_s(evaluator, leader) + group_s(evaluator, leader) + again * evaluator.expected_s(leader.knobs)
-            more_s = room_s + race_s(evaluator, leader, FIRST_ROUNDS, leader)  # against what is close
-            room_s = more_s if more_s <= MOST_END_SHARE * self._budget.total_s else room_s
-        self._budget.keep(room_s)
+        evaluator, leader = self._evaluator, self._board.ranking("open")[0]
+        if leader is self._board.baseline:
+            self._budget.keep()
+            return
+        trial_s = evaluator.expected_s(leader.knobs)
+        more_s = group_s(evaluator, leader) + (trial_s if leader.place is not None else 0.0)  # once more, alone
+        plain_s = more_s + trial_s + end_s(evaluator, leader)  # with a trial without changes that bring nothing
+        best_s = plain_s + race_s(evaluator, leader, FIRST_ROUNDS, leader)  # against what is close
+        if others := contenders(evaluator, leader, MOST_END_SHARE * self._budget.total_s - more_s):
+            best_s = more_s + end_s(evaluator, leader, others)
+        self._budget.keep(best_s, plain_s, more_s + end_s(evaluator, leader, rounds=LEAST_ROUNDS))
 
     def _rank(self, place: str | None) -> Ranking:
         taken = self._study.taken() | self._known()

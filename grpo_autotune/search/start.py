@@ -97,6 +97,9 @@ def refuse_server(config: RunConfig, places: Sequence[Place]) -> None:
 def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> None:
     """Learn from the trials and races of an earlier process, in their order; lost trials are run again."""
     board, shares, rounds = evaluator.board, dict[str, float | None](), list[tuple[Knobs, TrialOutcome]]()
+    races = evaluator.log.task.folder.races()
+    if evaluator.repeats_probe and any(spec.purpose != "probe" for spec, _ in recalled):
+        evaluator.adopt_probe(_take_baseline(evaluator.study, board.baseline_knobs))
     for spec, outcome in recalled:
         if outcome is None:
             continue
@@ -112,9 +115,12 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
             board.add_worst_case(entry, outcome)
     evaluator.even_out()
     for knobs, outcome in rounds:
-        if (even := at_expected(board, knobs, outcome)).record is not None:
+        even = at_expected(board, knobs, outcome)
+        if any(row.rival == knobs and row.fails is None for row in races):
+            evaluator.enter(knobs, even)
+        if even.record is not None:
             shares[name_of(knobs)] = even.record.living_share
-    for row in evaluator.log.task.folder.races():
+    for row in races:
         before, rival = board.entry(row.before), board.entry(row.rival)
         speedup, step, before_step = (Interval(*figures) for figures in (row.speedup, row.step, row.before_step))
         if before is None or rival is None:

@@ -87,7 +87,7 @@ class TrialLog:
         self.costs = Costs(warm=task.script is None)
         self.rows: list[TrialRow] = []
         self.skipped: list[Skipped] = []  # combinations that are not run, and why
-        self.others: list[OtherLoad] = []  # load by other processes in each trial but races, where two take turns
+        self.others: list[OtherLoad] = []  # load by other processes in each trial but races, where several take turns
         self.notes: set[str] = set()  # shortcomings that trials reported
         self.memory_bytes: int | None = None  # that a trial may take; None where it is unknown
 
@@ -107,9 +107,9 @@ class TrialLog:
         )
 
     @property
-    def pair_s(self) -> float:
-        """Start-up of two that race."""
-        return self.costs.pair_s(warm=self._runner.has_pair)
+    def has_pair(self) -> bool:
+        """True while both processes of the last race are there for the next."""
+        return self._runner.has_pair
 
     def prepare(self, spec: TrialSpec) -> None:
         """Have the processes of all workers load their libraries at the same time, before anything is measured; one of

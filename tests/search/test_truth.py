@@ -19,7 +19,7 @@ from grpo_autotune.records.search import SearchReport
 from grpo_autotune.records.trial import TrialOutcome, TrialSpec
 from grpo_autotune.render.search import headline, render_search
 from grpo_autotune.search.ablation import contribution, contributions, exact_share
-from grpo_autotune.search.budget import Budget
+from grpo_autotune.search.budget import Budget, Costs
 from grpo_autotune.search.comparable import Pace
 from grpo_autotune.search.evaluator import Evaluator, without_evaluations
 from grpo_autotune.search.final_race import race_s, rounds_that_fit
@@ -206,8 +206,8 @@ def test_time_for_worst_case_and_race_is_kept_and_grows_with_the_step(
 
 def test_the_budget_keeps_what_the_end_needs() -> None:
     budget = Budget(100.0, clock=lambda: 0.0)
-    for needed_s, kept_s in ((5.0, 20.0), (35.0, 35.0), (55.0, 55.0), (90.0, 20.0)):
-        budget.keep(needed_s)
+    for needed_s, kept_s in (((5.0,), 20.0), ((35.0,), 35.0), ((55.0,), 55.0), ((90.0,), 20.0), ((90.0, 40.0), 40.0)):
+        budget.keep(*needed_s)
         assert budget.end_s == kept_s
 
 
@@ -400,15 +400,17 @@ def test_what_others_took_stands_in_the_report(tmp_path: Path, matters: bool) ->
 
 @pytest.mark.parametrize(
     ("engine", "seconds", "fit"),
-    [(False, 1.5 * 60 + 1.2 * (3 + 1) * 5, 80), (True, (3 + 1) * 60 + 1.2 * 2 * 3 * 5, 7)],
+    [(False, 1.5 * 60 + 1.2 * 3 * 5, 81), (True, (3 + 1) * 60 + 1.2 * 2 * 3 * 5, 7)],
 )
 def test_a_race_with_an_engine_counts_a_start_for_each_round(engine: bool, seconds: float, fit: int) -> None:
     """A cold start of 60 s, steps of 3 s and 2 s: side by side both start once, engines at each change of sides."""
     entries = [
         SimpleNamespace(step=Interval(s, s, s), config=SimpleNamespace(use_vllm=engine), cycle=1) for s in (3, 2)
     ]
+    costs = Costs()
+    costs._cold = [60.0]
     evaluator = SimpleNamespace(
-        costs=SimpleNamespace(cold_s=60.0), log=SimpleNamespace(pair_s=90.0), board=SimpleNamespace(baseline=entries[0])
+        costs=costs, log=SimpleNamespace(has_pair=False), board=SimpleNamespace(baseline=entries[0])
     )
     assert race_s(cast(Evaluator, evaluator), cast(Any, entries[1])) == pytest.approx(seconds)
     assert rounds_that_fit(cast(Evaluator, evaluator), cast(Any, entries[1]), 576.0) == fit

@@ -149,9 +149,9 @@ class Runner(AbstractContextManager["Runner"]):
 
         A block is `steps` optimizer steps of the spec, rounded up to whole cycles of generating and reusing; each trial
         gets at most `rounds`, and a round that would not end within `deadline_s` seconds of the race is not begun.
-        Where memory does not hold them together, each block is a trial of its own, in the same order, and the outcomes'
-        notes say so. The outcomes are in the order of `specs`; `step_s` holds the mean of each round, and all that went
-        well have as many rounds. Raises as `run`."""
+        Where memory does not hold two of them together, each block is a trial of its own, in the same order, and the
+        outcomes' notes say so; of more than two there are no rounds then. The outcomes are in the order of `specs`;
+        `step_s` holds the mean of each round, and all that went well have as many rounds. Raises as `run`."""
         kills = kernel_kills()
         if fits_together(specs) and self._recovery.lost() is None:
             self._server.end()
@@ -165,6 +165,8 @@ class Runner(AbstractContextManager["Runner"]):
             if not race.lacked_memory(outcomes):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
+        if len(specs) > 2:
+            return [TrialOutcome(number=spec.number, status="oom", why="no memory for all at once") for spec in specs]
         with self._server.held():
             return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
 
