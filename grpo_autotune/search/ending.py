@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from grpo_autotune.knobs import Knobs
-from grpo_autotune.knobs.apply import GROUP
+from grpo_autotune.knobs.apply import GROUP, why_not
 from grpo_autotune.predict.room import MEMORY_SHARE
 from grpo_autotune.search.ablation import SMALL, contribution, measure_ablations, simpler, taken_back
 from grpo_autotune.search.budget import SURE
@@ -42,24 +42,27 @@ def end_s(evaluator: Evaluator, entry: Entry, beside: Sequence[Knobs] = (), roun
 
 def contenders(evaluator: Evaluator, entry: Entry, room_s: float) -> list[Knobs]:
     """Combinations that an entry's race can decide on along with it in `room_s` seconds, side by side in memory: the
-    entry without one of its changes, those first that bring least, and what trials do not surely tell from it. None of
-    an entry that was raced, and beside an engine."""
+    entry without one of the changes that bring little, without all of them, and what trials do not surely tell from it.
+    None of an entry that was raced, and beside an engine."""
     board, models, memory_bytes = evaluator.board, evaluator.models, evaluator.log.memory_bytes
     configs = [board.config, entry.config]
     if entry.race is not None or memory_bytes is None or any(config.use_vllm for config in configs):
         return []
     rows = [row for key in board.changed(entry.knobs) if (row := contribution(evaluator, entry, key)).factor]
     rows.sort(key=lambda row: row.factor or 0.0)
-    fewer = [board.without(entry.knobs, row.key) for row in rows if (row.factor or CLOSE) < CLOSE]
+    small = [row.key for row in rows if (row.factor or CLOSE) < CLOSE]
+    fewer = [board.without(entry.knobs, key) for key in small]
     level = next(level for level in LEVELS if board.allows(entry.knobs, level))
     close = [one.knobs for one in board.ranking(level) if board.ratio(one, entry).value < SMALL]
     failed = [row.knobs for row in evaluator.log.rows if row.status not in ("ok", "timeout")]
     rss_bytes = max((row.rss_bytes or 0 for row in board.record.utilisation), default=0)
     host_bytes = evaluator.machine.memory_bytes
     chosen: list[Knobs] = []
-    for knobs in [simpler(evaluator, entry), *fewer, *close]:
+    for knobs in [simpler(evaluator, entry), *fewer, board.without(entry.knobs, *small), *close]:
         config, more = board.config_of(knobs), [*chosen, knobs]
         if knobs in (board.baseline_knobs, entry.knobs, *chosen, *failed) or config.use_vllm:
+            continue
+        if why_not(board.config, knobs, evaluator.machine) is not None:
             continue
         bytes_ = math.fsum(models.peak_bytes(one).high for one in [*configs, config])
         fit = bytes_ <= MEMORY_SHARE * memory_bytes and (2 + len(more)) * rss_bytes <= MEMORY_SHARE * host_bytes
@@ -145,8 +148,8 @@ class Ending:
         raced."""
         board, name = self._board, name_of(leader.knobs)
         leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
-        loss = board.ratio(rival, leader)
-        if board.pair(rival, leader) is None and (loss.low <= 1.0 or loss.value < CLOSE):
+        loss, raced = board.ratio(rival, leader), leader.race is not None and rival.race is not None
+        if not self._evaluator.is_decided(rival, leader) and (loss.low <= 1.0 or (loss.value < CLOSE and not raced)):
             room_s = min(self._room_s(leader), self._room_s(rival))
             needed_s = race_s(self._evaluator, rival, CLOSE_ROUNDS, leader)
             compare(self._evaluator, leader, rival, max(room_s / 2, min(room_s, needed_s)))

@@ -125,6 +125,11 @@ class Evaluator:
             raise
         return self.take(order, outcome)
 
+    def is_decided(self, one: Entry, other: Entry) -> bool:
+        """True of two whose race needs no more rounds."""
+        names = name_of(one.knobs), name_of(other.knobs)
+        return self.board.pair(one, other) is not None and not {names, names[::-1]} & self.undecided.keys()
+
     def alone(self, entry: Entry, room_s: float) -> Entry:
         """An entry that was measured beside others once more alone, where `room_s` seconds hold that."""
         tried = any(row.source == "alone" and name_of(row.knobs) == name_of(entry.knobs) for row in self.log.rows)

@@ -47,20 +47,23 @@ class _Race:
         self.rounds += zip(*(outcome.step_s for outcome in outcomes), strict=False)
         self._stages_s = [stage_seconds(one.record.timings) if one.record else {} for one in outcomes]
 
-    def judge(self, before: int, after: int, confidence: float, *, final: bool = True) -> bool:
-        """True where one lane's score over that of another is told, which is noted and kept in the search's folder;
-        else their rounds stay for a race of both, and if they are enough for a verdict they are a `final` one."""
+    def judge(self, before: int, after: int, confidence: float) -> bool:
+        """True where one lane's score over that of another is told, which is kept in the search's folder; else their
+        rounds stay for a race of both, and until then it is noted as these few tell it."""
         first, second = (self._board.entries[name_of(self.lanes[lane])] for lane in (before, after))
         names = name_of(first.knobs), name_of(second.knobs)
+        self._undecided.pop(names[::-1], None)
         self._undecided[names] = [(row[before], row[after]) for row in self.rounds]
         ratio = self.result(before, after, confidence).speedup
-        enough = ratio.n >= fewest_rounds(confidence) or is_equal(ratio)
-        told = enough and is_told(ratio)
-        if told or (enough and final):
-            self._board.note_pair(first, second, ratio)
+        told = is_told(ratio) and (ratio.n >= fewest_rounds(confidence) or is_equal(ratio))
         if told:
             del self._undecided[names]
             self._keep(RaceRow(before=first.knobs, rival=second.knobs, speedup=ratio))
+        elif ratio.n < fewest_rounds(self._board.confidence):
+            return False
+        else:
+            ratio = self.result(before, after, self._board.confidence).speedup
+        self._board.note_pair(first, second, ratio)
         return told
 
     def result(self, before: int, after: int, confidence: float) -> RaceResult:
@@ -95,7 +98,7 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float, beside: Sequence[Kno
             break
     for one, other in itertools.combinations(range(1, len(seen.lanes) if seen else 1), 2):
         assert seen is not None
-        seen.judge(one, other, _confidence_beside(board.confidence, len(beside)), final=False)
+        seen.judge(one, other, _confidence_beside(board.confidence, len(beside)))
     return board.entries[name_of(rival.knobs)]
 
 

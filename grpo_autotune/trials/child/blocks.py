@@ -15,7 +15,9 @@ from grpo_autotune.seams.table import wrap_seams
 from grpo_autotune.trials.block_limit import WAITING, block_limit
 from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
-POLL_S = 0.01
+POLL_S, MOST_POLL_S = 0.01, 0.2
+POLL_SHARE = 0.1
+"""Part of the time waited so far that passes before the next look: a hundred a second take 2 % of a core."""
 WITHOUT_END = 1_000_000
 """Optimizer steps that no race reaches."""
 
@@ -56,8 +58,9 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
         if (cuda := cuda_in_use()) is not None:
             cuda.synchronize()  # what this trial has queued must not run in another's block
         self._heartbeat.beat(f"{WAITING}{blocks}")
+        begun_s = time.monotonic()
         while (limit := block_limit(self._folder)) is not None and limit <= blocks:
-            time.sleep(POLL_S)
+            time.sleep(min(MOST_POLL_S, max(POLL_S, POLL_SHARE * (time.monotonic() - begun_s))))
         self._stop_if_told()
         self._heartbeat.beat("step")
         self._probe.recorder.open_root()
