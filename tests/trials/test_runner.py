@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
@@ -121,8 +123,9 @@ def test_a_race_runs_in_turns_on_the_same_prompts(
         outcomes = runner.race(specs, rounds=2, deadline_s=280, watch=watch)
         assert [outcome.status for outcome in outcomes] == ["ok", "ok"], outcomes
         warm = runner.run(spec_of(tiny("qwen3"), tmp_path, 2, purpose="rewards", steps=2))
-        later = [spec.model_copy(update={"number": 3 + spec.number}) for spec in specs]
-        assert [outcome.warm for outcome in runner.race(later, rounds=1, deadline_s=280)] == [True, True]
+        later = [spec.model_copy(update={"number": 3 + number}) for number, spec in enumerate([*specs, specs[1]])]
+        several = runner.race(later, rounds=1, deadline_s=280)
+        assert [(outcome.warm, len(outcome.step_s)) for outcome in several] == [(True, 1), (True, 1), (False, 1)]
         assert runner.has_pair and len(processes(mark)) >= 2
         worst = runner.run(spec_of(tiny("qwen3"), tmp_path, 9, purpose="worst_case", steps=1))
         assert worst.status == "ok" and worst.warm and not runner.has_pair
@@ -374,6 +377,33 @@ def test_a_round_of_several_steps_has_the_mean_of_their_seconds_and_of_what_they
         (even,) = race.by_round([outcome])
         (plain,) = race.by_round([outcome.model_copy(update={"living_shares": []})])
     assert even.step_s == plain.step_s == [2.0, 3.0] and even.living_shares == [0.5, 0.75] and plain.living_shares == []
+
+
+def test_a_child_that_waits_for_its_turn_looks_ever_more_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grpo_autotune.trials.child.blocks import BlockSchedule
+
+    now, looks = [0.0], list[float]()
+
+    def limit(folder: Path) -> int | None:
+        looks.append(now[0])
+        return 0 if now[0] < 60.0 else 1
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+    monkeypatch.setattr("grpo_autotune.trials.child.blocks.time", clock)
+    monkeypatch.setattr("grpo_autotune.trials.child.blocks.block_limit", limit)
+    child = BlockSchedule.__new__(BlockSchedule)
+    child._trainer, child._folder, child._block, child._first, child._last = None, tmp_path, 1, 0, 0
+    child._heartbeat = cast(Any, SimpleNamespace(beat=lambda stage: None))
+    child._probe = SimpleNamespace(warmup=1, recorder=SimpleNamespace(open_root=lambda: None))
+    child._hold()
+    assert 60.0 <= now[0] < 60.5 and len(looks) < 400, "a hundred looks a second were 6000"
+    pauses = [after - before for before, after in itertools.pairwise(looks)]
+    assert pauses[0] <= 0.02 and pauses == sorted(pauses)
 
 
 def test_turns_of_trials_end_with_the_deadline_however_long_each_is() -> None:
