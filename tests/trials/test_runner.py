@@ -403,7 +403,7 @@ def test_a_child_that_waits_for_its_turn_looks_ever_more_seldom(
     child._hold()
     assert 60.0 <= now[0] < 60.5 and len(looks) < 400, "a hundred looks a second were 6000"
     pauses = [after - before for before, after in itertools.pairwise(looks)]
-    assert pauses[0] <= 0.02 and pauses == sorted(pauses)
+    assert pauses[0] <= 0.02 and all(after > before - 1e-9 for before, after in itertools.pairwise(pauses))
 
 
 def test_turns_of_trials_end_with_the_deadline_however_long_each_is() -> None:
