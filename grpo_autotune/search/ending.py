@@ -1,8 +1,9 @@
 """End of a search: worst case and race for whatever would be written, and for all that takes its place after them.
 
-What trials at different times do not surely tell apart is raced side by side: first the combinations that lead, then
-the best of them against itself without each change. What is no better beyond noise gives way to what is simpler. An
-entry that leads is tested once, and so is what ablation trials bring up later. Only where time runs out is a winner
+What trials at different times do not surely tell apart is raced side by side: in the leader's race with the user's
+configuration, or where that has no room for it in pairs, first the combinations that lead, then the best of them
+against itself without each change. What is no better beyond noise gives way to what is simpler. An entry that leads is
+tested once, and so is what ablation trials bring up later. Only where time runs out is a winner
 written that was not raced.
 """
 
@@ -56,6 +57,7 @@ def contenders(evaluator: Evaluator, entry: Entry, room_s: float) -> list[Knobs]
     close = [one.knobs for one in board.ranking(level) if board.ratio(one, entry).value < SMALL]
     failed = [row.knobs for row in evaluator.log.rows if row.status not in ("ok", "timeout")]
     rss_bytes = max((row.rss_bytes or 0 for row in board.record.utilisation), default=0)
+    rss_bytes *= board.record.trainer.world_size
     host_bytes = evaluator.machine.memory_bytes
     chosen: list[Knobs] = []
     for knobs in [simpler(evaluator, entry), *fewer, board.without(entry.knobs, *small), *close]:
@@ -79,6 +81,7 @@ class Ending:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator, self._board, self._budget = evaluator, evaluator.board, evaluator.budget
         self._sided: set[str] = set()  # raced with others beside them
+        self._failed: set[frozenset[str]] = set()  # pairs that made no round
         self._tested = {name for name, entry in self._board.entries.items() if _held(entry)}  # by an earlier process
 
     def judge_groups(self) -> None:
@@ -135,8 +138,8 @@ class Ending:
         """True where an entry is surely faster than a raced leader, or their race shows it to be, or to be as fast and
         simpler, and there is time for a race of its own."""
         loss, is_simpler = self._board.ratio(entry, leader), self._board.is_simpler(entry, leader)
-        faster = loss.value < 1.0 - TIE
-        if not faster and not (is_simpler and loss.low <= 1.0 and loss.value < SMALL):
+        faster, least = loss.value < 1.0 - TIE, 1.0 if is_simpler else 1.0 - TIE
+        if not faster and not (loss.low <= least and loss.value < SMALL):
             return False
         if end_s(self._evaluator, entry, rounds=LEAST_ROUNDS) > self._budget.left_s:
             return False
@@ -149,10 +152,12 @@ class Ending:
         board, name = self._board, name_of(leader.knobs)
         leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
         loss, raced = board.ratio(rival, leader), leader.race is not None and rival.race is not None
-        if not self._evaluator.is_decided(rival, leader) and (loss.low <= 1.0 or (loss.value < CLOSE and not raced)):
+        pair, close = frozenset((name, name_of(rival.knobs))), loss.low <= 1.0 or (loss.value < CLOSE and not raced)
+        if close and pair not in self._failed and not self._evaluator.is_decided(rival, leader):
             room_s = min(self._room_s(leader), self._room_s(rival))
             needed_s = race_s(self._evaluator, rival, CLOSE_ROUNDS, leader)
-            compare(self._evaluator, leader, rival, max(room_s / 2, min(room_s, needed_s)))
+            if not compare(self._evaluator, leader, rival, max(room_s / 2, min(room_s, needed_s))):
+                self._failed.add(pair)
         leader, rival = board.entries[name], board.entries[name_of(rival.knobs)]
         if rival.fails is not None:
             return leader
@@ -186,7 +191,7 @@ class Ending:
         evaluator, left_s = self._evaluator, self._budget.left_s
         if others := self._contenders(entry):
             self._sided.add(name_of(entry.knobs))
-            race(evaluator, entry, left_s - SURE * worst_case_s(evaluator, entry), others)
+            race(evaluator, entry, min(end_s(evaluator, entry, others), left_s), others)
             return
         self._tested.add(name_of(entry.knobs))
         over = entry.race is not None and is_over(entry.race.speedup)

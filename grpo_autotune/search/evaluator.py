@@ -185,11 +185,8 @@ class Evaluator:
         config = self.board.config_of(knobs)
         predicted_s, entry = self.models.step_s(config).value, None
         measured = outcome.status == "ok" and bool(outcome.step_s)
-        if measured and spec.place is not None:
-            if not self.board.has_baseline:  # of an earlier process, whose own configuration was measured by the probe
-                self.adopt_probe(None)
-            if name_of(knobs) == name_of(self.board.baseline_knobs):
-                self.board.see_place(spec.place, at_expected(self.board, knobs, outcome))
+        if measured and spec.place is not None and name_of(knobs) == name_of(self.board.baseline_knobs):
+            self.board.see_place(spec.place, at_expected(self.board, knobs, outcome))
         slower = self.slower(spec.place)
         raw = faster(outcome, slower)
         self.costs.learn(raw.model_copy(update={"elapsed_s": outcome.elapsed_s / slower}))

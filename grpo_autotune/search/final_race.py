@@ -35,12 +35,16 @@ class _Race:
     """Seconds of each round of the combinations of a race, and by stage those of their last steps."""
 
     def __init__(self, evaluator: Evaluator, lanes: Sequence[Knobs]) -> None:
-        self._board, self._keep, self.lanes = evaluator.board, evaluator.log.task.folder.keep_race, lanes
-        self._undecided = evaluator.undecided
-        names = name_of(lanes[0]), name_of(lanes[1])
-        others = [row[::-1] for row in evaluator.undecided.get(names[::-1], [])]
-        self.rounds: list[tuple[float, ...]] = [*evaluator.undecided.get(names, others)] if len(lanes) == 2 else []
+        self._evaluator, self._board, self.lanes = evaluator, evaluator.board, lanes
+        self.keep = evaluator.log.task.folder.keep_race
+        known = self._known(name_of(lanes[0]), name_of(lanes[1]))
+        self.rounds: list[tuple[float, ...]] = [*known] if len(lanes) == 2 else []
         self._stages_s: list[dict[str, float]] = [{} for _ in lanes]
+
+    def _known(self, one: str, other: str) -> list[tuple[float, float]]:
+        """Rounds of two that they made before."""
+        undecided = self._evaluator.undecided
+        return undecided.get((one, other)) or [(second, first) for first, second in undecided.get((other, one), [])]
 
     def add(self, outcomes: Sequence[TrialOutcome]) -> None:
         """Enter the rounds that all have made; the last may have been cut short."""
@@ -48,27 +52,25 @@ class _Race:
         self._stages_s = [stage_seconds(one.record.timings) if one.record else {} for one in outcomes]
 
     def judge(self, before: int, after: int, confidence: float) -> bool:
-        """True where one lane's score over that of another is told, which is kept in the search's folder; else their
-        rounds stay for a race of both, and until then it is noted as these few tell it."""
+        """True where one lane's score over that of another is told; else their rounds stay for a race of both. It is
+        noted, and kept in the search's folder, once rounds are enough for a verdict."""
         first, second = (self._board.entries[name_of(self.lanes[lane])] for lane in (before, after))
         names = name_of(first.knobs), name_of(second.knobs)
-        self._undecided.pop(names[::-1], None)
-        self._undecided[names] = [(row[before], row[after]) for row in self.rounds]
+        if (decided := self._evaluator.is_decided(first, second)) or len(self._known(*names)) > len(self.rounds):
+            return decided
+        self._evaluator.undecided.pop(names[::-1], None)
+        self._evaluator.undecided[names] = [(row[before], row[after]) for row in self.rounds]
         ratio = self.result(before, after, confidence).speedup
-        told = is_told(ratio) and (ratio.n >= fewest_rounds(confidence) or is_equal(ratio))
-        if told:
-            del self._undecided[names]
-            self._keep(RaceRow(before=first.knobs, rival=second.knobs, speedup=ratio))
-        elif ratio.n < fewest_rounds(self._board.confidence):
+        if ratio.n < fewest_rounds(confidence) and not is_equal(ratio):
             return False
-        else:
-            ratio = self.result(before, after, self._board.confidence).speedup
         self._board.note_pair(first, second, ratio)
+        self.keep(RaceRow(before=first.knobs, rival=second.knobs, speedup=ratio))
+        if told := is_told(ratio):
+            del self._evaluator.undecided[names]
         return told
 
     def result(self, before: int, after: int, confidence: float) -> RaceResult:
-        """One lane's score over that of another, and both's seconds per step; that over the user's is kept in the
-        search's folder."""
+        """One lane's score over that of another, and both's seconds per step."""
         board, lanes = self._board, (before, after)
         first, second = (board.entries[name_of(self.lanes[lane])] for lane in lanes)
         apart_s = [board.apart_s(self._stages_s[lane]) for lane in lanes]
@@ -76,10 +78,6 @@ class _Race:
         worth = board.worth(second.config) / board.worth(first.config)
         speedup = board.bounded(median_interval(ratios, confidence).times(worth), first, second)
         before_s, after_s = (median_interval([row[lane] for row in self.rounds], confidence) for lane in lanes)
-        if first is board.baseline:
-            self._keep(
-                RaceRow(before=first.knobs, rival=second.knobs, speedup=speedup, step=after_s, before_step=before_s)
-            )
         return RaceResult(speedup, step=after_s, baseline_step=before_s)
 
 
@@ -87,18 +85,21 @@ def race(evaluator: Evaluator, rival: Entry, room_s: float, beside: Sequence[Kno
     """Race a combination against the user's configuration, with others `beside` it; its entry with the result, as it
     was where there was no time, and barred from winning where it failed."""
     board = evaluator.board
-    rounds, seen = (first_rounds(board.confidence, len(beside)), MORE_ROUNDS, MOST_ROUNDS), None
-    for seen in _looks(evaluator, [board.baseline_knobs, rival.knobs, *beside], room_s, rounds):
+    rounds, sure = first_rounds(board.confidence, len(beside)), _confidence_beside(board.confidence, len(beside))
+    lanes = [board.baseline_knobs, rival.knobs, *beside]
+    for seen in _looks(evaluator, lanes, room_s, (rounds, MORE_ROUNDS, MOST_ROUNDS)):
         for lane, knobs in enumerate(seen.lanes[1:], 1):
             before = board.entries[name_of(knobs)]
             if before.race is None or before.race.speedup.n < len(seen.rounds):
-                board.update(before, race=seen.result(0, lane, board.confidence))
+                result = seen.result(0, lane, board.confidence)
+                seconds = {"step": result.step, "before_step": result.baseline_step}
+                seen.keep(RaceRow(before=board.baseline_knobs, rival=knobs, speedup=result.speedup, **seconds))
+                board.update(before, race=result)
+        for one, other in itertools.combinations(range(1, len(seen.lanes)), 2):
+            seen.judge(one, other, sure)
         rival = board.entries[name_of(rival.knobs)]
         if rival.race is not None and is_over(rival.race.speedup):
             break
-    for one, other in itertools.combinations(range(1, len(seen.lanes) if seen else 1), 2):
-        assert seen is not None
-        seen.judge(one, other, _confidence_beside(board.confidence, len(beside)))
     return board.entries[name_of(rival.knobs)]
 
 
@@ -107,15 +108,17 @@ def is_over(speedup: Interval) -> bool:
     return speedup.low > 1.0 or speedup.high < 1.0 or speedup.n >= MOST_ROUNDS
 
 
-def compare(evaluator: Evaluator, leader: Entry, rival: Entry, room_s: float) -> None:
+def compare(evaluator: Evaluator, leader: Entry, rival: Entry, room_s: float) -> bool:
     """Race two combinations that may be as good, until one is better beyond noise, or they are shown to be about
-    equal."""
+    equal. False where they were started and made no round."""
     pair_s = race_s(evaluator, rival, 1, leader) - race_s(evaluator, rival, 0, leader)
     rounds = max(FIRST_ROUNDS, min(CLOSE_ROUNDS, int(race_s(evaluator, rival, 0, leader) / pair_s)))
-    confidence = confidence_of(evaluator.board.confidence, rounds)
+    confidence, trials, made = confidence_of(evaluator.board.confidence, rounds), len(evaluator.log.rows), False
     for seen in _looks(evaluator, [leader.knobs, rival.knobs], room_s, (rounds, rounds, MOST_CLOSE_ROUNDS)):
+        made = True
         if seen.judge(0, 1, confidence):
             break
+    return made or len(evaluator.log.rows) == trials
 
 
 def is_told(ratio: Interval) -> bool:
@@ -178,6 +181,7 @@ def _looks(
                 evaluator.log.task.folder.keep_race(RaceRow(before=before.knobs, rival=rival.knobs, fails=why))
                 board.update(rival, fails=why, race=None)
             return
+        before_n = len(seen.rounds)
         seen.add(outcomes)
         for knobs, outcome in zip(lanes[1:], outcomes[1:], strict=True):
             if len(seen.rounds) >= LEAST_ROUNDS:
@@ -187,7 +191,7 @@ def _looks(
             if (entry := board.entry(knobs)) is not None:
                 living = outcome.record.living_share if outcome.record else entry.living_share
                 board.add_peak(entry, outcome.peak_bytes, living_share=living)
-        if len(seen.rounds) < LEAST_ROUNDS:
+        if len(seen.rounds) < LEAST_ROUNDS or len(seen.rounds) == before_n:
             return
         yield seen
         wanted = more

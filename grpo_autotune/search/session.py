@@ -1,6 +1,6 @@
 """The search: the user's configuration first, then the most promising ones, under a budget that is kept to the second.
 
-    probe -> [models' best guess | sampler's] ... -> rewards -> worst case -> race -> ablation
+    probe -> [models' best guess | sampler's] ... -> rewards -> race and worst case -> ablation
 
 Whatever takes the lead after a race has a worst case and a race of its own (`ending`). Best-so-far files are written
 after every trial. Every step can be taken up again from the files of the folder.

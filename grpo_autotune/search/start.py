@@ -97,7 +97,7 @@ def refuse_server(config: RunConfig, places: Sequence[Place]) -> None:
 def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> None:
     """Learn from the trials and races of an earlier process, in their order; lost trials are run again."""
     board, shares, rounds = evaluator.board, dict[str, float | None](), list[tuple[Knobs, TrialOutcome]]()
-    races = evaluator.log.task.folder.races()
+    races, worst_cases = evaluator.log.task.folder.races(), list[tuple[Knobs, TrialOutcome]]()
     if evaluator.repeats_probe and any(spec.purpose != "probe" for spec, _ in recalled):
         evaluator.adopt_probe(_take_baseline(evaluator.study, board.baseline_knobs))
     for spec, outcome in recalled:
@@ -110,9 +110,8 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
         evaluator.relearn(spec, outcome)
         if spec.purpose == "rewards" and outcome.rewards:
             rewards.recall(spec, outcome.rewards)
-        entry = board.entry(evaluator.knobs_of(spec))
-        if spec.purpose == "worst_case" and entry is not None:
-            board.add_worst_case(entry, outcome)
+        if spec.purpose == "worst_case":
+            worst_cases.append((evaluator.knobs_of(spec), outcome))
     evaluator.even_out()
     for knobs, outcome in rounds:
         even = at_expected(board, knobs, outcome)
@@ -120,6 +119,9 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
             evaluator.enter(knobs, even)
         if even.record is not None:
             shares[name_of(knobs)] = even.record.living_share
+    for knobs, outcome in worst_cases:
+        if (entry := board.entry(knobs)) is not None:
+            board.add_worst_case(entry, outcome)
     for row in races:
         before, rival = board.entry(row.before), board.entry(row.rival)
         speedup, step, before_step = (Interval(*figures) for figures in (row.speedup, row.step, row.before_step))
@@ -130,8 +132,12 @@ def recall(evaluator: Evaluator, rewards: RewardTrials, recalled: Recalled) -> N
         elif before is board.baseline:
             living = shares.get(name_of(rival.knobs), rival.living_share)
             board.update(rival, race=RaceResult(speedup, step, before_step), living_share=living)
-        elif is_told(speedup):
+        else:
             board.note_pair(before, rival, speedup)
+            if not is_told(speedup):
+                evaluator.undecided[name_of(before.knobs), name_of(rival.knobs)] = []
+            else:
+                evaluator.undecided.pop((name_of(before.knobs), name_of(rival.knobs)), None)
 
 
 def measure_baseline(evaluator: Evaluator) -> None:
@@ -144,8 +150,7 @@ def measure_baseline(evaluator: Evaluator) -> None:
     needed_s, places = evaluator.expected_s(board.baseline_knobs), log.task.places
     if places:  # on each of them this trial, and another one
         needed_s *= (not evaluator.repeats_probe) + 2.0 * max(evaluator.slower(place.name) for place in places)
-    resumed = evaluator.repeats_probe and any(row.purpose != "probe" for row in log.rows)
-    if needed_s > budget.left_s and not resumed:
+    if needed_s > budget.left_s:
         _no_trial_fits(budget, needed_s)
     claim = _take_baseline(evaluator.study, board.baseline_knobs)
     if evaluator.repeats_probe:

@@ -397,7 +397,8 @@ def test_a_child_that_waits_for_its_turn_looks_ever_more_seldom(
     monkeypatch.setattr("grpo_autotune.trials.child.blocks.time", clock)
     monkeypatch.setattr("grpo_autotune.trials.child.blocks.block_limit", limit)
     child = BlockSchedule.__new__(BlockSchedule)
-    child._trainer, child._folder, child._block, child._first, child._last = None, tmp_path, 1, 0, 0
+    child._trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    child._folder, child._block, child._first, child._last = tmp_path, 1, 0, 0
     child._heartbeat = cast(Any, SimpleNamespace(beat=lambda stage: None))
     child._probe = SimpleNamespace(warmup=1, recorder=SimpleNamespace(open_root=lambda: None))
     child._hold()

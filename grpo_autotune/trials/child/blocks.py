@@ -17,7 +17,8 @@ from grpo_autotune.trials.heartbeat import HeartbeatWriter
 
 POLL_S, MOST_POLL_S = 0.01, 0.2
 POLL_SHARE = 0.1
-"""Part of the time waited so far that passes before the next look: a hundred a second take 2 % of a core."""
+"""Part of the time waited so far that passes before the next look: a hundred a second take 2 % of a core. Of several
+ranks, which have to go on at once, all look as often as at first."""
 WITHOUT_END = 1_000_000
 """Optimizer steps that no race reaches."""
 
@@ -58,9 +59,9 @@ class BlockSchedule(TrainerCallback):  # type: ignore[misc]
         if (cuda := cuda_in_use()) is not None:
             cuda.synchronize()  # what this trial has queued must not run in another's block
         self._heartbeat.beat(f"{WAITING}{blocks}")
-        begun_s = time.monotonic()
+        begun_s, most_s = time.monotonic(), MOST_POLL_S if self._trainer.accelerator.num_processes == 1 else POLL_S
         while (limit := block_limit(self._folder)) is not None and limit <= blocks:
-            time.sleep(min(MOST_POLL_S, max(POLL_S, POLL_SHARE * (time.monotonic() - begun_s))))
+            time.sleep(min(most_s, max(POLL_S, POLL_SHARE * (time.monotonic() - begun_s))))
         self._stop_if_told()
         self._heartbeat.beat("step")
         self._probe.recorder.open_root()

@@ -153,6 +153,7 @@ class Runner(AbstractContextManager["Runner"]):
         outcomes' notes say so; of more than two there are no rounds then. The outcomes are in the order of `specs`;
         `step_s` holds the mean of each round, and all that went well have as many rounds. Raises as `run`."""
         kills = kernel_kills()
+        outcomes = [TrialOutcome(number=spec.number, status="oom", why="not side by side") for spec in specs]
         if fits_together(specs) and self._recovery.lost() is None:
             self._server.end()
             with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
@@ -166,7 +167,7 @@ class Runner(AbstractContextManager["Runner"]):
                 return race.by_round(outcomes)
             deadline_s -= race.elapsed_s
         if len(specs) > 2:
-            return [TrialOutcome(number=spec.number, status="oom", why="no memory for all at once") for spec in specs]
+            return [outcome.model_copy(update={"step_s": [], "living_shares": []}) for outcome in outcomes]
         with self._server.held():
             return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
 
