@@ -47,11 +47,11 @@ def memory_share(device: Any) -> float:
 
 
 def runtime_facts(device: Any) -> dict[str, str]:
-    """Versions and settings by which the same GPU is fast or slow: driver, libraries, power limit, attention kernels;
-    none unless the `torch.device` is a CUDA device."""
-    if device.type != "cuda":
-        return {}
+    """Versions and settings by which the same `torch.device` is fast or slow: of a CUDA device driver, libraries, power
+    limit, attention kernels; of a CPU the threads."""
     torch: Any = importlib.import_module("torch")
+    if device.type != "cuda":
+        return {"threads": str(torch.get_num_threads())} if device.type == "cpu" else {}
     cudnn = torch.backends.cudnn.version()
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
     facts = {

@@ -343,7 +343,7 @@ class ProbeRecord(Frozen):
     ranks: list[RankTimings] = []
     device_memory: DeviceMemory | None = None
     versions: dict[str, str] = {}  # those of packages
-    runtime: dict[str, str] = {}  # what else makes a GPU fast or slow (`hardware.device.runtime_facts`)
+    runtime: dict[str, str] = {}  # what else makes a device fast or slow (`hardware.device.runtime_facts`)
 
     @property
     def living_share(self) -> float | None:

@@ -99,7 +99,7 @@ def test_a_gpu_tells_what_others_take_of_it_where_it_knows_this_process(monkeypa
 
 
 def test_what_makes_a_gpu_fast_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert runtime_facts(torch.device("cpu")) == {}
+    assert runtime_facts(torch.device("cpu")) == {"threads": str(torch.get_num_threads())}
     for name in ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
     with_gpus(monkeypatch, Card(uuid="GPU-5"), Card(uuid="GPU-6", power_w=350.0))

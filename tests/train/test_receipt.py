@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from grpo_autotune.config.schema import RunConfig
 from grpo_autotune.hardware import Machine
+from grpo_autotune.hardware.device import runtime_facts
 from grpo_autotune.records.receipt import ChangedKnob, Receipt
 from grpo_autotune.train.runs.receipt_check import (
     WARMUP_STEPS,
@@ -71,7 +73,9 @@ def test_another_machine_and_other_versions_are_said() -> None:
     assert "trl 1.15.0 -> 1.16.0" in found[1] and "torch" not in found[1]
 
 
-def test_a_gpu_that_is_set_up_otherwise_is_said() -> None:
+def test_a_device_that_is_set_up_otherwise_is_said() -> None:
+    (told,) = set_up_otherwise(receipt(runtime=runtime_facts(torch.device("cpu"))), {"threads": "999"})
+    assert told.endswith(f"set up otherwise: threads {torch.get_num_threads()} -> 999")
     tuned = receipt(runtime={"driver": "580.65", "power_limit": "700 W", "sdpa": "cudnn, flash"})
     assert list(set_up_otherwise(tuned, tuned.runtime)) == list(set_up_otherwise(tuned, {})) == []
     (told,) = set_up_otherwise(tuned, {"driver": "580.65", "power_limit": "400 W", "sdpa": "flash", "nccl": "2.28"})

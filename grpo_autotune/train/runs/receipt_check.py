@@ -40,14 +40,14 @@ def differences(receipt: Receipt, machine: Machine) -> Iterator[str]:
 
 
 def set_up_otherwise(receipt: Receipt, runtime: Mapping[str, str]) -> Iterator[str]:
-    """The sentence for what of the GPU's `runtime` is not as the receipt says; none where that tells nothing of it."""
+    """The sentence for what of the device's `runtime` is not as the receipt says; none where that tells nothing."""
     told = [
         f"{name} {before} -> {runtime[name]}"
         for name, before in receipt.runtime.items()
         if runtime.get(name, before) != before
     ]
     if told:
-        yield f"this configuration was tuned with the GPU set up otherwise: {'; '.join(told)}"
+        yield f"this configuration was tuned with the device set up otherwise: {'; '.join(told)}"
 
 
 class SpeedWatch(TrainerCallback):  # type: ignore[misc]
