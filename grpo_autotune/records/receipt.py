@@ -42,8 +42,8 @@ class Receipt(_Part):
     versions: dict[str, str] = {}
     """Versions of the packages."""
     runtime: dict[str, str] = {}
-    """Of a GPU: driver, CUDA, cuDNN, NCCL, Triton, power limit, allocator, and the order of attention kernels; of a CPU:
-    threads; of a model that several processes share: what each holds (`sharding`)."""
+    """Of a GPU: driver, CUDA, cuDNN, NCCL, Triton, power limit, allocator, and the order of attention kernels; of a CPU
+    its threads; of a model that several processes share: what each holds (`sharding`)."""
     processes: int = 1
     """Training processes that it was measured with."""
     step_s: float
