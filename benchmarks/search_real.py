@@ -5,7 +5,8 @@
 Each seed searches from SmolLM2-135M at micro batches of two, with gradient checkpointing and no speed-ups, and then
 probes 20 steps of its `tuned.yaml`. Their seconds, brought to the mean share of completions that they train on, are
 held against the receipt's for that share (`receipt_s`); their two halves tell by how much one configuration differs
-from itself. With `--busy` another process keeps the last core busy all the while. `FOLDER` keeps searches and probes:
+from itself, and `completion_tokens` what answers were like in the search's probe and afterwards, when training has made
+them shorter or longer. With `--busy` another process keeps the last core busy all the while. `FOLDER` keeps searches and probes:
 what is there is not run again. Needs `examples/smollm2.py`'s model, a wheel on the package index.
 """
 
@@ -26,6 +27,7 @@ from benchmarks.result import ratio, write
 from examples.smollm2 import ROOT, model_folder
 from grpo_autotune.config.schema import load_config
 from grpo_autotune.records.receipt import Receipt
+from grpo_autotune.records.trial import OUTCOME_FILE
 from grpo_autotune.report.files import REPORT_FILE
 from grpo_autotune.search.folder import SearchFolder, load_search
 from grpo_autotune.train.runs.receipt_check import typical
@@ -95,6 +97,7 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
     probed = json.loads((after / REPORT_FILE).read_text())
     best, shares, receipt = report.best, probed.get("living_shares", []), load_config(str(tuned)).receipt
     assert receipt is not None
+    first = json.loads((place.trial(0) / OUTCOME_FILE).read_text())["record"]
     share, steps_s, slope_s = mean(shares) if shares else None, probed["step_seconds"], best.living_s or 0.0
     half = len(steps_s) // 2
     halves = (steps_s[:half], shares[:half]), (steps_s[half:], shares[half:])
@@ -110,7 +113,14 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
         "model_error": {name: one.model_dump() for name, one in report.model_error.items()},
         "others_cores": report.others and report.others.cores, "notes": report.notes, "elapsed_s": report.elapsed_s,
         "others_cores_afterwards": probed["others"] and probed["others"]["cores"],
+        "threads": [receipt.runtime.get("threads"), probed["runtime"].get("threads")],
+        "completion_tokens": [tokens_of(first), tokens_of(probed)],
     }  # fmt: skip
+
+
+def tokens_of(measured: dict[str, Any]) -> float:
+    """Mean tokens of a completion."""
+    return float(measured["tokens"]["completion"]["mean"])
 
 
 def half_of(steps_s: list[float], shares: list[float], receipt: Receipt) -> float:
