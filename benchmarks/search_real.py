@@ -6,8 +6,8 @@ Each seed searches from SmolLM2-135M at micro batches of two, with gradient chec
 probes 20 steps of its `tuned.yaml`. Their seconds, brought to the mean share of completions that they train on, are
 held against the receipt's for that share (`receipt_s`); their two halves tell by how much one configuration differs
 from itself, and `completion_tokens` what answers were like in the search's probe and afterwards, when training has made
-them shorter or longer. With `--busy` another process keeps the last core busy all the while. `FOLDER` keeps searches and probes:
-what is there is not run again. Needs `examples/smollm2.py`'s model, a wheel on the package index.
+them shorter or longer. With `--busy` another process keeps the last core busy all the while. `FOLDER` keeps searches
+and probes: what is there is not run again. Needs `examples/smollm2.py`'s model, a wheel on the package index.
 """
 
 from __future__ import annotations
