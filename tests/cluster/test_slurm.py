@@ -95,6 +95,7 @@ def test_training_on_two_nodes(
             assert 2 <= steps(run) < 8, "it had ended before it was stopped"
             assert own.ended(number)["JobState"] == "COMPLETED", output.read_text()
             said = output.read_text()
-            assert said.count(f"Exited with exit code {code}") == 2, said
+            # torchrun's agent may abort on its way out ("terminate called without an active exception")
+            assert said.count(f"Exited with exit code {code}") + said.count(": Aborted") == 2, said
             assert f"resuming at step {saved[0].step}" in said
             assert log_lines(run) == log_lines(whole)
