@@ -766,9 +766,9 @@ def test_the_budget_and_the_costs_learn() -> None:
     evaluated.learn(TrialOutcome(number=0, status="ok", step_s=[1.0, 1.0], elapsed_s=31.0, record=record))
     assert evaluated.trial_s(1.0, 2) == pytest.approx(22.0)  # no later trial evaluates
     costs.learn(TrialOutcome(number=1, status="ok", step_s=[1.0], elapsed_s=3.0, warm=True))
-    assert costs.beside_s == 2.0 + 0.5 * 20.0 and costs.race_s(2, warm=False) == 1.5 * 20.0
-    assert costs.race_s(2, warm=True) == 2 * costs.beside_s
-    assert costs.race_s(4, warm=True) == costs.race_s(4, warm=False) == 1.5 * 1.5 * 20.0
+    assert costs.beside_s == 2.0 + 0.5 * 20.0 and costs.starts_s(2, warm=False) == 1.5 * 20.0
+    assert costs.starts_s(2, warm=True) == 2 * costs.beside_s
+    assert costs.starts_s(4, warm=True) == costs.starts_s(4, warm=False) == 1.5 * 1.5 * 20.0
 
 
 def test_lengths_are_drawn_as_the_probe_saw_them() -> None:
