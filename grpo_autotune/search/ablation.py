@@ -24,7 +24,7 @@ def measure_ablations(evaluator: Evaluator, winner: Entry, kept_s: float) -> Non
     rows = [contribution(evaluator, winner, key) for key in evaluator.board.changed(winner.knobs)]
     for row in sorted(rows, key=lambda row: -abs(math.log(row.factor or 1.0))):
         knobs = evaluator.board.without(winner.knobs, row.key)
-        if row.factor is not None and not (row.measured and _is_alone(evaluator.board.entry(knobs))):
+        if row.factor is not None and not (row.measured and is_alone(evaluator.board.entry(knobs))):
             room_s = evaluator.budget.left_s - (kept_s if row.factor < SMALL else 0.0)
             taken_back(evaluator, knobs, room_s)
 
@@ -34,15 +34,11 @@ def taken_back(evaluator: Evaluator, knobs: Knobs, room_s: float) -> Entry | Non
     one."""
     entry, memory_bytes = evaluator.board.entry(knobs), evaluator.log.memory_bytes
     rows = (row for row in evaluator.log.rows if row.place is None and row.source != "race")
-    tried = _is_alone(entry) or any(row.knobs == knobs for row in rows)
+    tried = is_alone(entry) or any(row.knobs == knobs for row in rows)
     config = evaluator.board.config_of(knobs)
     if tried or not fits(evaluator.models, config, memory_bytes) or not evaluator.affords(knobs, room_s):
         return entry
     return evaluator.timed(knobs, "revert", room_s)
-
-
-def _is_alone(entry: Entry | None) -> bool:
-    return entry is not None and is_alone(entry)
 
 
 def simpler(evaluator: Evaluator, winner: Entry) -> Knobs:

@@ -29,9 +29,9 @@ from grpo_autotune.search.study import name_of
 
 MOST_POINTS = 1000
 """Combinations that are looked at; beyond it, those with the fewest changes and the neighbours of the best."""
-LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 BUSY_TIE = 0.1
 """`TIE` of first predictions where others took the machine's time while the probe measured."""
+LEVELS: tuple[Level, ...] = ("exact", "open", "fast")
 
 
 class Proposal(NamedTuple):

@@ -102,9 +102,9 @@ class Costs:
         """The same of a fresh process."""
         return max(self._cold, default=0.0)
 
-    def race_s(self, lanes: int, *, warm: bool) -> float:
+    def starts_s(self, count: int, *, warm: bool) -> float:
         """Start-up and warm-up of several side by side; `warm` if the processes of two are there."""
-        return 2.0 * self.beside_s if warm and lanes == 2 else STARTS ** math.log2(lanes) * self.cold_s
+        return 2.0 * self.beside_s if warm and count == 2 else STARTS ** math.log2(count) * self.cold_s
 
     def trial_s(self, step_s: float, steps: int) -> float:
         return self.beside_s + steps * step_s

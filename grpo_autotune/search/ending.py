@@ -3,12 +3,13 @@
 What trials at different times do not surely tell apart is raced side by side: in the leader's race with the user's
 configuration, or where that has no room for it in pairs, first the combinations that lead, then the best of them
 against itself without each change. What is no better beyond noise gives way to what is simpler. An entry that leads is
-tested once, and so is what ablation trials bring up later. Only where time runs out is a winner
-written that was not raced.
+tested once, and so is what ablation trials bring up later. Only where time runs out is a winner written that was not
+raced.
 """
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 from grpo_autotune.knobs import Knobs
 from grpo_autotune.knobs.apply import GROUP, why_not
@@ -24,7 +25,6 @@ from grpo_autotune.search.study import name_of
 FINALISTS = 3
 CLOSE = 1.5
 """On a machine that others use, too, one combination may differ by so much from itself from one trial to the next."""
-LEVELS: tuple[Level, ...] = ("exact", "tuned", "open", "fast")
 MOST_BESIDE = 3
 """So many run beside the leader and the user's in their race."""
 RIVALS = 6
@@ -49,11 +49,10 @@ def contenders(evaluator: Evaluator, entry: Entry, room_s: float) -> list[Knobs]
     configs = [board.config, entry.config]
     if entry.race is not None or memory_bytes is None or any(config.use_vllm for config in configs):
         return []
-    rows = [row for key in board.changed(entry.knobs) if (row := contribution(evaluator, entry, key)).factor]
-    rows.sort(key=lambda row: row.factor or 0.0)
-    small = [row.key for row in rows if (row.factor or CLOSE) < CLOSE]
+    factors = {key: contribution(evaluator, entry, key).factor or math.inf for key in board.changed(entry.knobs)}
+    small = sorted((key for key in factors if factors[key] < CLOSE), key=factors.__getitem__)
     fewer = [board.without(entry.knobs, key) for key in small]
-    level = next(level for level in LEVELS if board.allows(entry.knobs, level))
+    level: Level = next(level for level in get_args(Level) if board.allows(entry.knobs, level))
     close = [one.knobs for one in board.ranking(level) if board.ratio(one, entry).value < SMALL]
     failed = [row.knobs for row in evaluator.log.rows if row.status not in ("ok", "timeout")]
     rss_bytes = max((row.rss_bytes or 0 for row in board.record.utilisation), default=0)
@@ -218,5 +217,5 @@ class Ending:
 
 
 def _held(entry: Entry) -> bool:
-    """True of an entry, measured alone, whose worst case and race need not be run again."""
+    """True of an entry whose worst case and race need not be run again."""
     return entry.worst_case == "passed" and entry.race is not None and is_over(entry.race.speedup)

@@ -53,7 +53,7 @@ class Evaluator:
         self.log, self.board, self.models, self.study = log, board, models, study
         self.budget, self.costs, self.machine = log.budget, log.costs, log.task.machine
         self._probe, self._lengths = probe, completion_lengths(board.record)
-        self.undecided: dict[tuple[str, str], list[tuple[float, float]]] = {}  # rounds of two beside others in a race
+        self.undecided: dict[tuple[str, str], list[tuple[float, float]]] = {}  # rounds of two that tell nothing yet
         self._uneven: dict[str, tuple[Entry, TrialOutcome]] = {}  # measured, and no step told how long training takes
 
     @property
@@ -269,9 +269,9 @@ class Evaluator:
             self.study.fail(claim, outcome.why or outcome.status, outcome.number)
 
 
-def is_alone(entry: Entry) -> bool:
+def is_alone(entry: Entry | None) -> bool:
     """True of an entry that was measured beside no other worker's trials, or raced."""
-    return entry.place is None or entry.race is not None
+    return entry is not None and (entry.place is None or entry.race is not None)
 
 
 def evened(board: Leaderboard, knobs: Knobs, outcome: TrialOutcome) -> TrialOutcome:

@@ -218,7 +218,7 @@ def race_s(
         entry = board.entry(knobs)
         step = entry.step if entry is not None else evaluator.models.step_s(board.config_of(knobs))
         round_s += step.value * rival.cycle
-    start_s = evaluator.costs.race_s(2 + len(beside), warm=evaluator.log.has_pair and not alone)
+    start_s = evaluator.costs.starts_s(2 + len(beside), warm=evaluator.log.has_pair and not alone)
     return start_s + SPEED_MARGIN * rounds * round_s
 
 

@@ -150,10 +150,9 @@ class Runner(AbstractContextManager["Runner"]):
         A block is `steps` optimizer steps of the spec, rounded up to whole cycles of generating and reusing; each trial
         gets at most `rounds`, and a round that would not end within `deadline_s` seconds of the race is not begun.
         Where memory does not hold two of them together, each block is a trial of its own, in the same order, and the
-        outcomes' notes say so; of more than two there are no rounds then. The outcomes are in the order of `specs`;
-        `step_s` holds the mean of each round, and all that went well have as many rounds. Raises as `run`."""
+        outcomes' notes say so; more than two that turn out not to fit have no rounds. The outcomes are in the order of
+        `specs`; `step_s` holds the mean of each round, and all that went well have as many rounds. Raises as `run`."""
         kills = kernel_kills()
-        outcomes = [TrialOutcome(number=spec.number, status="oom", why="not side by side") for spec in specs]
         if fits_together(specs) and self._recovery.lost() is None:
             self._server.end()
             with Race(self._run_dir, specs, self._clock, self._wait, self._start, watch) as race:
@@ -165,9 +164,9 @@ class Runner(AbstractContextManager["Runner"]):
                         self._spare = race.release_worker(0)  # on a GPU even an idle process holds memory
             if not race.lacked_memory(outcomes):
                 return race.by_round(outcomes)
+            if len(specs) > 2:
+                return [outcome.model_copy(update={"step_s": [], "living_shares": []}) for outcome in outcomes]
             deadline_s -= race.elapsed_s
-        if len(specs) > 2:
-            return [outcome.model_copy(update={"step_s": [], "living_shares": []}) for outcome in outcomes]
         with self._server.held():
             return one_after_another(self.run, specs, rounds, deadline_s, self._clock, watch)
 
