@@ -3,8 +3,10 @@
     python -m benchmarks.search_real [FOLDER] [--seeds 0 1 2] [--busy] [--name search_real]
 
 Each seed searches from SmolLM2-135M at micro batches of two, with gradient checkpointing and no speed-ups, and then
-probes 20 steps of its `tuned.yaml`. Their seconds, brought to the mean share of completions that they train on, are
-held against the receipt's for that share (`receipt_s`); their two halves tell by how much one configuration differs
+probes 20 steps of its `tuned.yaml`, in two parts, before, between and after which it probes the user's configuration
+again. Their seconds, brought to the mean share of completions that they train on, are held against the receipt's for
+that share (`receipt_s`), as they are and divided by `pace`: the seconds of the user's configuration meanwhile over
+those in the search's races, from which the receipt comes. Their two halves tell by how much one configuration differs
 from itself, and `completion_tokens` what answers were like in the search's probe and afterwards, when training has made
 them shorter or longer. With `--busy` another process keeps the last core busy all the while. `FOLDER` keeps searches
 and probes: what is there is not run again. Needs `examples/smollm2.py`'s model, a wheel on the package index.
@@ -20,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.result import ratio, write
@@ -33,7 +35,9 @@ from grpo_autotune.search.folder import SearchFolder, load_search
 from grpo_autotune.train.runs.receipt_check import typical
 
 BUDGET = "12m"
-STEPS_AFTERWARDS = 20
+STEPS = {"own": 3, "tuned": 10}
+TURNS = ("own", "tuned", "own", "tuned", "own")
+"""Probes afterwards, and the steps of each."""
 OVERRIDES = [
     "grpo.per_device_train_batch_size=2", "grpo.gradient_accumulation_steps=8", "grpo.gradient_checkpointing=true",
     "grpo.max_completion_length=16", "grpo.eval_steps=50", "grpo.max_steps=400", "speedups=none",
@@ -57,6 +61,9 @@ def main() -> None:
             rows.append(_searched(asked.folder / str(seed), seed))
         ratios = {
             "probe afterwards over receipt": ratio([row["afterwards_s"] / row["receipt_s"] for row in rows]),
+            "the same at the pace of the user's configuration": ratio(
+                [row["afterwards_s"] / row["receipt_s"] / row["pace"] for row in rows]
+            ),
             "second half afterwards over first": ratio([row["halves"][1] / row["halves"][0] for row in rows]),
             "speedup": ratio([row["speedup"] for row in rows]),
             "model error, median": ratio([row["model_error"]["step"]["median"] for row in rows]),
@@ -91,30 +98,36 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
             load_config(str(ROOT / "examples/arithmetic.yaml"), [*OVERRIDES, f"search.seed={seed}"]).to_yaml()
         )
         _told(["search", str(own), "--budget", BUDGET, "--run-dir", str(place.path), "--out", str(tuned)])
-    if not (after / REPORT_FILE).is_file():
-        _told(["probe", str(tuned), "--steps", str(STEPS_AFTERWARDS), "--out", str(after)])
+    probes: dict[str, list[dict[str, Any]]] = {"own": [], "tuned": []}
+    for number, which in enumerate(TURNS):
+        out = after / f"{number}-{which}"
+        if not (out / REPORT_FILE).is_file():
+            _told(["probe", str(folder / f"{which}.yaml"), "--steps", str(STEPS[which]), "--out", str(out)])
+        probes[which].append(json.loads((out / REPORT_FILE).read_text()))
     report = load_search(place.path)
-    probed = json.loads((after / REPORT_FILE).read_text())
-    best, shares, receipt = report.best, probed.get("living_shares", []), load_config(str(tuned)).receipt
+    best, receipt = report.best, load_config(str(tuned)).receipt
     assert receipt is not None
     first = json.loads((place.trial(0) / OUTCOME_FILE).read_text())["record"]
-    share, steps_s, slope_s = mean(shares) if shares else None, probed["step_seconds"], best.living_s or 0.0
-    half = len(steps_s) // 2
-    halves = (steps_s[:half], shares[:half]), (steps_s[half:], shares[half:])
+    halves = [(probed["step_seconds"], probed.get("living_shares", [])) for probed in probes["tuned"]]
+    steps_s, shares = ([value for half in halves for value in half[of]] for of in (0, 1))
+    share, slope_s = mean(shares) if shares else None, best.living_s or 0.0
+    own_steps_s = [seconds for probed in probes["own"] for seconds in probed["step_seconds"]]
+    raced = [row.number for row in report.trials if row.purpose == "race" and row.knobs == report.baseline.knobs]
+    raced_s = [s for number in raced for s in json.loads((place.trial(number) / OUTCOME_FILE).read_text())["step_s"]]
     return {
         "seed": seed, "winner": best.changed, "raced": best.raced, "speedup": best.speedup, "ci": best.ci,
         "step_s": best.step_s, "step_s_ci": best.step_s_ci, "living_share": best.living_share,
         "living_s": best.living_s, "receipt_s": receipt.step_s if share is None else receipt.seconds_at(share),
         "afterwards_s": typical(steps_s, 1, shares, slope_s), "halves": [half_of(*one, receipt) for one in halves],
-        "living_share_afterwards": share, "steps_afterwards_s": steps_s,
-        "living_shares_afterwards": shares,
+        "living_share_afterwards": share, "steps_afterwards_s": steps_s, "living_shares_afterwards": shares,
+        "own_afterwards_s": own_steps_s, "own_raced_s": raced_s, "pace": median(own_steps_s) / median(raced_s),
         "own_step_s": report.baseline.step_s, "trials": len(report.trials), "ended": report.why_ended,
         "contributions": [one.model_dump(mode="json") for one in report.contributions],
         "model_error": {name: one.model_dump() for name, one in report.model_error.items()},
         "others_cores": report.others and report.others.cores, "notes": report.notes, "elapsed_s": report.elapsed_s,
-        "others_cores_afterwards": probed["others"] and probed["others"]["cores"],
-        "threads": [receipt.runtime.get("threads"), probed["runtime"].get("threads")],
-        "completion_tokens": [tokens_of(first), tokens_of(probed)],
+        "others_cores_afterwards": [probed["others"] and probed["others"]["cores"] for probed in probes["tuned"]],
+        "threads": [receipt.runtime.get("threads"), *(probed["runtime"].get("threads") for probed in probes["tuned"])],
+        "completion_tokens": [tokens_of(first), *map(tokens_of, probes["tuned"])],
     }  # fmt: skip
 
 

@@ -59,6 +59,7 @@ _TABLE: dict[Kind, dict[str, Builtin | Function]] = {
         "merge_passes": Builtin("grpo_autotune.speedups.batches.merge_passes:MergePasses"),
         "patch_embed": Builtin("grpo_autotune.speedups.images.patch_embed:PatchEmbed"),
         "lora_input": Builtin("grpo_autotune.speedups.lora_input:LoraInput"),
+        "fused_lora": Builtin("grpo_autotune.speedups.fused_lora:FusedLora"),
         "reward_overlap": Builtin("grpo_autotune.speedups.reward_overlap:RewardOverlap"),
     },
 }

@@ -74,7 +74,7 @@ FLOORS = {
         ("batches",),
         ("shared_prefix", "generation"),
         ("images",),
-        ("reward_overlap", "lora_input", "step_check"),
+        ("reward_overlap", "lora_input", "fused_lora", "step_check"),
         ("install",),
     ),
     "train": (

@@ -181,5 +181,5 @@ def training_of(shape: ModelShape, trainer: TrainerFacts) -> Training:
         inputs_copied=bool(peft)
         and VALUE_BYTES.get(trainer.dtype, 4) < 4
         and not quantization
-        and "lora_input" not in trainer.speedups,
+        and not {"lora_input", "fused_lora"} & {*trainer.speedups},
     )

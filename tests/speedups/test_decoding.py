@@ -250,6 +250,21 @@ def test_the_host_waits_once_in_eight_tokens(llama, monkeypatch):
     assert per_token(run)[1] == 0, "nothing else waits"
 
 
+def test_rows_leave_later_where_shapes_cost_more_than_rows(llama, monkeypatch):
+    """As on CUDA: the table of devices without this one."""
+    on_cpu, as_on_cuda = Decoder(ROWS, look_every=1), Decoder(ROWS, look_every=1)
+    ends = {"eos_token_id": list(range(0, 60, 2)), "do_sample": True, "new": 40}
+    wanted = write(llama, on_cpu, **ends)
+    monkeypatch.setattr(decoding, "SHRINK_AT", {})
+    sizes = []
+    kept = FixedStep.keep
+    monkeypatch.setattr(FixedStep, "keep", lambda step, rows, of: (sizes.append((len(rows), of)), kept(step, rows, of)))
+    found = write(llama, as_on_cuda, **ends)
+    assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
+    assert as_on_cuda.steps == on_cpu.steps and as_on_cuda.row_steps > on_cpu.row_steps
+    assert all(rows <= 0.25 * of for rows, of in sizes)
+
+
 def test_steps_that_are_fixed_take_fewer_kernels_than_transformers_own(llama, monkeypatch):
     def run(tokens):
         write(llama, Decoder(ROWS, look_every=8), new=tokens, eos_token_id=None)

@@ -19,6 +19,12 @@ from grpo_autotune.speedups.shared_prefix import gated_mlp, speedup  # isort: sk
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.fixture(autouse=True)
+def least(monkeypatch):
+    """Tiny matrices count."""
+    monkeypatch.setattr(gated_mlp, "LEAST_BYTES", 0)
+
+
 def kept(trainer, batch):
     """Bytes that a training pass leaves for its backward pass."""
     with LiveBytes() as live:
@@ -64,6 +70,25 @@ def test_what_is_spared_is_the_activation_and_the_product(tiny, tmp_path, text_r
     (all_bytes, *_), (half_bytes, *_), tokens = with_and_without(trainer, monkeypatch)
     config, float_bytes = trainer.model.config, 4
     assert all_bytes - half_bytes == 2 * tokens * config.num_hidden_layers * config.intermediate_size * float_bytes
+
+
+def test_small_matrices_are_kept(tiny, tmp_path, text_rows, monkeypatch):
+    grpo = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=False, **grpo)
+    monkeypatch.setattr(gated_mlp, "LEAST_BYTES", 1 << 30)
+    (all_bytes, *_), (half_bytes, *_), _ = with_and_without(trainer, monkeypatch)
+    assert half_bytes == all_bytes
+
+
+def test_the_activation_is_computed_once_more_not_twice():
+    calls = []
+    matrices = torch.randn(2, 3), torch.randn(2, 3)
+    kept = gated_mlp._Kept(lambda gate: (calls.append(gate), torch.sigmoid(gate))[1], *matrices)
+    activated = torch.sigmoid(matrices[0])
+    for _ in range(2):  # as for a graph that is gone through twice
+        assert torch.equal(kept.made(product=True), activated * matrices[1])
+        assert torch.equal(kept.made(product=False), activated)
+    assert len(calls) == 2 and kept._activated is None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

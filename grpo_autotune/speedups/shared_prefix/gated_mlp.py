@@ -2,8 +2,8 @@
 
 Of `down(act(gate(x)) * up(x))` a training pass keeps the gate, its activation, the up projection and the product. Here
 the activation and the product are computed again when the backward pass asks for them, by the same two kernels on the
-same numbers: the bits are the same. Where checkpointing or somebody's hooks keep tensors, or see the activation, all is
-left to them.
+same numbers: the bits are the same. Small matrices are kept: they cost more time than memory. Where checkpointing or
+somebody's hooks keep tensors, or see the activation, all is left to them.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +37,8 @@ def _code(function: Any) -> tuple[bytes, tuple[str, ...]] | None:
     return code and (code.co_code, code.co_names)
 
 
+LEAST_BYTES = 4 << 20
+"""Size of a matrix from which it is computed again: on a CPU that takes 2 % of a pass whose matrices are smaller."""
 FORMS = {_code(_returned), _code(_named)}
 """The two ways in which transformers writes the formula."""
 
@@ -66,6 +68,8 @@ def _layer(mlp: Any, is_on: Callable[[], bool]) -> Callable[..., torch.Tensor]:
         if kwargs or len(args) != 1 or hooked or not (torch.is_grad_enabled() and is_on()):
             return call_next(*args, **kwargs)
         gate, up = mlp.gate_proj(*args), mlp.up_proj(*args)
+        if gate.nbytes < LEAST_BYTES:
+            return mlp.down_proj(mlp.act_fn(gate) * up)
         kept = _Kept(mlp.act_fn.forward, gate.detach(), up.detach())
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, _unpack):
             activated = kept.recognize(mlp.act_fn(gate))
@@ -88,6 +92,7 @@ class _Kept:
     def __init__(self, act: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> None:
         self._act, self._gate, self._up = act, gate, up
         self._places: list[int] = []
+        self._activated: torch.Tensor | None = None  # from the product's turn to its own, which comes next
 
     def recognize(self, made: torch.Tensor) -> torch.Tensor:
         """The activation first, then the product."""
@@ -103,7 +108,8 @@ class _Kept:
 
     def made(self, product: bool) -> torch.Tensor:
         with torch.no_grad():
-            activated = self._act(self._gate)
+            activated = self._act(self._gate) if self._activated is None else self._activated
+            self._activated = activated if product else None
             return activated * self._up if product else activated
 
 
