@@ -69,7 +69,7 @@ def main() -> None:
             "model error, median": ratio([row["model_error"]["step"]["median"] for row in rows]),
             "model error, p90": ratio([row["model_error"]["step"]["p90"] for row in rows]),
         }
-        path = write(asked.name, "python -m benchmarks.search_real " + " ".join(sys.argv[1:]), rows, ratios)
+        path = write(asked.name, " ".join(["python -m benchmarks.search_real", *sys.argv[1:]]), rows, ratios)
         sys.stdout.write(f"{ratios}\n{path}\n")
 
 
@@ -112,7 +112,7 @@ def _searched(folder: Path, seed: int) -> dict[str, Any]:
     steps_s, shares = ([value for half in halves for value in half[of]] for of in (0, 1))
     share, slope_s = mean(shares) if shares else None, best.living_s or 0.0
     own_steps_s = [seconds for probed in probes["own"] for seconds in probed["step_seconds"]]
-    raced = [row.number for row in report.trials if row.purpose == "race" and row.knobs == report.baseline.knobs]
+    raced = [row.number for row in report.trials if row.source == "race" and row.knobs == report.baseline.knobs]
     raced_s = [s for number in raced for s in json.loads((place.trial(number) / OUTCOME_FILE).read_text())["step_s"]]
     return {
         "seed": seed, "winner": best.changed, "raced": best.raced, "speedup": best.speedup, "ci": best.ci,

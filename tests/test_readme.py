@@ -143,12 +143,12 @@ def test_searches_on_a_real_model_alone() -> None:
     assert f"raced in {sum(row['raced'] for row in rows)} of {len(rows)}, x {of}".format(**ratios["speedup"]) in page
     error = {end: f"{100.0 * value:.0f}" for end, value in ratios["model error, median"].items()}
     assert "models off by {median} % at the median ({low} to {high} %)".format(**error) in page
-    after = (
-        "x {median:.2f} of the receipt's seconds for their share of completions trained on ({low:.2f} to {high:.2f})"
-    )
-    assert after.format(**ratios["probe afterwards over receipt"]) in page
-    halves = "x {median:.2f} of what the first ten take ({low:.2f} to {high:.2f})"
-    assert halves.format(**ratios["second half afterwards over first"]) in page
+    for words, name in {
+        f"20 steps afterwards take x {of} of the receipt's seconds": "probe afterwards over receipt",
+        f"x {of} at the pace of the user's configuration": "the same at the pace of the user's configuration",
+        f"the second ten of them x {of} of what the first ten take": "second half afterwards over first",
+    }.items():
+        assert words.format(**ratios[name]) in page
 
 
 def test_this_tree_against_an_earlier_commit() -> None:

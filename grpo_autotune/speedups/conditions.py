@@ -1,4 +1,4 @@
-"""Conditions of a trainer that several speed-ups ask about: dropout, a model in parts, and code that is not TRL's.
+"""Conditions that several speed-ups ask about: dropout, a model in parts, code that is not TRL's, and the device.
 
 Where a model drops activations at random, or adds noise to them, a row's numbers depend on the rows beside it.
 """
@@ -6,6 +6,7 @@ Where a model drops activations at random, or adds noise to them, a row's number
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from grpo_autotune.seams.trainer_access import base_of, models_of
@@ -48,6 +49,11 @@ def _key(name: str, module: nn.Module) -> str:
         return "peft.lora_dropout"
     kept = "grpo.disable_dropout is false and " if isinstance(module, nn.Dropout) else ""  # all that TRL turns off
     return f"{kept}the dropout of {name}"
+
+
+def waits(device: torch.device) -> bool:
+    """True if reading a number of a tensor means waiting for all that its device has been given to do."""
+    return device.type != "cpu"
 
 
 def in_parts(trainer: Any) -> str | None:

@@ -170,7 +170,8 @@ def test_somebody_who_looks_on_sees_every_module(tiny, tmp_path, text_rows, part
 
 
 @pytest.mark.parametrize(
-    "given", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}, {"bias": "all"}]
+    "given",
+    [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}, {"bias": "all"}],
 )
 def test_it_says_where_a_layer_is_more_than_that(tiny, tmp_path, picture_rows, given):
     trainer = ready(tiny("qwen2_5_vl"), picture_rows, tmp_path, lora=lora(**given))

@@ -113,8 +113,10 @@ def test_features_are_those_of_the_tower(tiny, tmp_path, picture_rows):
     assert speedups.facts()["vision_cache"]["computed"] == 3
 
 
-def test_pixels_anywhere_make_another_hash():
+@pytest.mark.parametrize("on_device", [False, True])
+def test_pixels_anywhere_make_another_hash(monkeypatch, on_device):
     """Of equal sums, of moved rows and columns, of the least bit; the same in any company, and in half precision."""
+    monkeypatch.setattr(vision_cache, "waits", lambda device: on_device)
     hashed = vision_cache._Hash()
     patches = torch.randn(48, 24, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
@@ -122,14 +124,15 @@ def test_pixels_anywhere_make_another_hash():
         least = image.clone()
         least[47, 23] = torch.nextafter(least[47, 23].float(), torch.tensor(9.0)) if dtype == torch.float32 else 9.0
         others = [least, image.flip(0), image.flip(1), image.roll(1, 1), image[[1, 0, *range(2, 48)]], -image]
-        hashes = {tuple(hashed(each).tolist()) for each in (image, *others)}
-        assert len(hashes) == 1 + len(others)
-        before = hashed(image).tolist()
-        hashed(torch.zeros(400, 96, dtype=dtype))  # its factors are more now
-        assert hashed(image.clone()).tolist() == before
+        assert len({*hashed.of([image, *others])}) == 1 + len(others)
+        before = hashed.of([image])
+        hashed.of([torch.zeros(400, 96, dtype=dtype)])  # its factors are more now
+        assert hashed.of([image.clone().requires_grad_()]) == before
 
 
-def test_a_call_waits_for_one_read_of_its_hashes(tiny, tmp_path, picture_rows):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_call_waits_for_one_read_of_its_hashes(tiny, tmp_path, picture_rows, monkeypatch, on_device):
+    monkeypatch.setattr(vision_cache, "waits", lambda device: on_device)
     trainer = make_trainer(tiny("qwen3_vl"), picture_rows, tmp_path)
     speed_up(trainer, ["vision_cache"])
     tower = tower_of(trainer)

@@ -1,10 +1,10 @@
 """A frozen vision tower runs once on each distinct image: for all copies, all passes, and later steps.
 
 Generation, the old-policy, reference and training passes all run the tower on G copies of each image, although nothing
-in it changes. Features are kept under a hash of all pixels that they were computed from, taken where the pixels are:
-two random linear forms modulo 2^64 (Dietzfelbinger, STACS 1996), which are both equal for two images that differ with a
-chance below 2^-50. One read of the hashes is all that a call waits for. Where ranks are in step, all run the tower if
-one of them has to.
+in it changes. Features are kept under a 128-bit hash of all pixels that they were computed from, taken where the pixels
+are: on a host XXH3, on a device two random linear forms modulo 2^64 (Dietzfelbinger, STACS 1996), which are both equal
+for two images that differ with a chance below 2^-50. One read of the hashes is all that a call waits for. Where ranks
+are in step, all run the tower if one of them has to.
 """
 
 import math
@@ -13,13 +13,14 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import xxhash
 from cachetools import LRUCache
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Layer, Next, wrap
 from grpo_autotune.seams.ranks import InStep
 from grpo_autotune.seams.trainer_access import towers_of
 from grpo_autotune.speedups.base import FEATURE_BYTES, Installed
-from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced
+from grpo_autotune.speedups.conditions import active_dropout, in_parts, replaced, waits
 from grpo_autotune.speedups.selfcheck import SelfCheck, autocast_dtype
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT
 
@@ -132,10 +133,9 @@ class _Features(Installed):
         """The features of each image, which has a `kind` beside its pixels, the tower run on those that are missing;
         None where its output cannot be taken apart."""
         written = sum(weight._version for weight in tower.parameters())  # a loaded checkpoint writes into them
-        hashes = torch.stack([self._hash(part) for part in parts]).tolist()
         keys = [
-            (id(tower), written, kind, part.dtype, *hashed)
-            for part, kind, hashed in zip(parts, kinds, hashes, strict=True)
+            (id(tower), written, kind, part.dtype, hashed)
+            for part, kind, hashed in zip(parts, kinds, self._hash.of(parts), strict=True)
         ]
         images = {key: kept for key in keys if (kept := self._kept.get(key)) is not None}
         missing = {key: index for index, key in enumerate(keys) if key not in images}
@@ -156,13 +156,20 @@ class _Features(Installed):
 
 
 class _Hash:
-    """Hashes of images: random linear forms of their bits, over patches and over the numbers of each."""
+    """Hashes of images; on a device random linear forms of their bits, over patches and over the numbers of each."""
 
     def __init__(self) -> None:
         self._factors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __call__(self, patches: torch.Tensor) -> torch.Tensor:
-        """Hash of (n, size) numbers of two or four bytes: `FORMS` 64-bit integers, on their device."""
+    def of(self, images: Sequence[torch.Tensor]) -> list[Hashable]:
+        """Hashes of images, each (n, size) numbers of two or four bytes."""
+        if waits(images[0].device):
+            return [tuple(hashed) for hashed in torch.stack([self._forms(patches) for patches in images]).tolist()]
+        bits = (patches.detach().contiguous().view(torch.uint8) for patches in images)
+        return [xxhash.xxh3_128_digest(numbers.numpy().data) for numbers in bits]
+
+    def _forms(self, patches: torch.Tensor) -> torch.Tensor:
+        """`FORMS` 64-bit integers, on the device."""
         bits = patches.contiguous().view(torch.int16 if patches.element_size() == 2 else torch.int32)
         of_rows, of_columns = self._at_least(bits.shape[0], bits.shape[1], patches.device)
         rows = torch.stack([(bits * factors).sum(dim=1) for factors in of_columns[:, : bits.shape[1]]])

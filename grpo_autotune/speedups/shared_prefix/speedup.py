@@ -31,7 +31,7 @@ from grpo_autotune.speedups.base import Installed
 from grpo_autotune.speedups.batches.groups import KNOWN, Groups, groups_of
 from grpo_autotune.speedups.batches.order import depends_on_partition, sort_rows
 from grpo_autotune.speedups.batches.rows import widened
-from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout, overridden
+from grpo_autotune.speedups.conditions import GENERATION, MICRO_BATCH, active_dropout, overridden, waits
 from grpo_autotune.speedups.selfcheck import SelfCheck
 from grpo_autotune.speedups.shared_prefix.applies import masks_of_its_own, why_not
 from grpo_autotune.speedups.shared_prefix.attention import ARGUMENT, AttentionLayer
@@ -280,11 +280,6 @@ class _SharedPrefix(Installed):
         logps = utils.selective_log_softmax(logits, target)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trainer._entropy_bonus_enabled):
             return logps, utils.entropy_from_logits(logits) if entropies else logps
-
-
-def waits(device: torch.device) -> bool:
-    """True if reading a number of a tensor means waiting for all that its device has been given to do."""
-    return device.type != "cpu"
 
 
 def _samples(batch: Batch) -> dict[Kind, list[int]]:
