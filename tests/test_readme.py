@@ -157,6 +157,9 @@ def test_this_tree_against_an_earlier_commit() -> None:
     for name, words in {
         "768px: log-probs and backward": "for log-probs and backward {median:.2f} at 768 px ({low:.2f} to {high:.2f})",
         "448px: log-probs and backward": "{median:.2f} at 448 px ({low:.2f} to {high:.2f})",
+        "768px-256: log-probs and backward": "{median:.2f} at 256 new tokens ({low:.2f} to {high:.2f})",
+        "text: log-probs and backward": "{median:.2f} at a prompt of 1,000 tokens ({low:.2f} to {high:.2f})",
+        "short: log-probs and backward": "{median:.2f} at one of 20 ({low:.2f} to {high:.2f})",
         "768px-256: generation": "generation of 256 tokens {median:.2f} ({low:.2f} to {high:.2f})",
     }.items():
         assert words.format(**ratios[f"{name}, f645d37 over now"]) in page
@@ -167,6 +170,14 @@ def test_every_part_of_the_exactness_matrix_was_run() -> None:
 
     rows = json.loads((ROOT / "docs/benchmarks/exact.json").read_text())["rows"]
     assert {row["part"] for row in rows} == set(PARTS)
+
+
+def test_single_combinations_under_autocast() -> None:
+    rows = json.loads((ROOT / "docs/benchmarks/exact.json").read_text())["rows"]
+    rows = [row for row in rows if row["part"] == "bf16"]
+    most = {key: max(row[key] / row[f"{key}_of_autocast"] for row in rows) for key in ("log_probs", "gradients", "loss")}
+    told = "are up to {log_probs:.1f} times that in\n  log-probs, {gradients:.1f} times in gradients and {loss:.1f} times"
+    assert told.format(**most) in (ROOT / "docs/speedups.md").read_text()
 
 
 def test_weights_under_sharding() -> None:

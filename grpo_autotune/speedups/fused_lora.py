@@ -58,7 +58,7 @@ def _adapted(trainer: Any) -> Iterator[nn.Module]:
 
 
 class Parts(NamedTuple):
-    """What a layer with one active adapter computes with."""
+    """Weights of a layer and of its one active adapter."""
 
     weight: torch.Tensor  # (O, I)
     bias: torch.Tensor | None  # (O)

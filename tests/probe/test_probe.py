@@ -293,7 +293,7 @@ def test_attaching_and_detaching_leaves_no_file_open(tiny, tmp_path, text_rows):
         Probe(trainer, out_dir=tmp_path / "probe").detach()
     kept = {path.name for path in (tmp_path / "probe").iterdir()}
     assert kept == {"spans.jsonl", "spans.rank-of-mine.jsonl"}, "of an earlier run with more ranks one is left"
-    assert len(list(handles.iterdir())) == before
+    assert len(list(handles.iterdir())) <= before  # what other threads of the process had open may be closed
 
 
 def test_a_trainer_that_is_let_go_is_freed_though_its_training_failed(tiny, tmp_path, picture_rows):

@@ -224,7 +224,7 @@ def test_somebodys_own_scoring_may_return_more_rows(tiny, tmp_path, text_rows):
     trainer.__class__ = Doubled
     speedups = speed_up(trainer)
     trainer.train()
-    assert {row.name for row in speedups.table() if row.on} == {"merge_passes", "merge_for_generation"}
+    assert {row.name for row in speedups.table() if row.on} == {"merge_passes", "merge_for_generation", "fused_lora"}
 
 
 class OwnKl(GRPOTrainer):
