@@ -175,8 +175,9 @@ def test_every_part_of_the_exactness_matrix_was_run() -> None:
 def test_single_combinations_under_autocast() -> None:
     rows = json.loads((ROOT / "docs/benchmarks/exact.json").read_text())["rows"]
     rows = [row for row in rows if row["part"] == "bf16"]
-    most = {key: max(row[key] / row[f"{key}_of_autocast"] for row in rows) for key in ("log_probs", "gradients", "loss")}
-    told = "are up to {log_probs:.1f} times that in\n  log-probs, {gradients:.1f} times in gradients and {loss:.1f} times"
+    kinds = ("log_probs", "gradients", "loss")
+    most = {kind: max(row[kind] / row[f"{kind}_of_autocast"] for row in rows) for kind in kinds}
+    told = "up to {log_probs:.1f} times that in\n  log-probs, {gradients:.1f} times in gradients and {loss:.1f} times"
     assert told.format(**most) in (ROOT / "docs/speedups.md").read_text()
 
 

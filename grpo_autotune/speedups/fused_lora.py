@@ -32,6 +32,8 @@ class FusedLora:
     def applies(self, trainer: Any) -> str | None:
         if trainer.is_fsdp_enabled or any(hasattr(weight, "ds_id") for weight in trainer.model.parameters()):
             return "weights in shards (FSDP, ZeRO 3) are gathered for modules that are called by themselves"
+        if trainer.args.torch_compile:
+            return "a compiled model is fused by its compiler (grpo.torch_compile)"
         if next(_adapted(trainer), None) is None:
             plain = "one plain LoRA adapter (peft), without dropout, on frozen weights that are not quantized"
             return f"the model has no linear layer with {plain}"
@@ -101,7 +103,7 @@ def _layer(layer: Any, installed: Installed, check: SelfCheck) -> Layer:
         def fused() -> torch.Tensor:
             x_TI = x.to(cast or x.dtype).reshape(-1, x.shape[-1])
             output_TO: torch.Tensor = _Fused.apply(x_TI, *parts)  # type: ignore[no-untyped-call]
-            return output_TO.view(*x.shape[:-1], -1)
+            return output_TO.view(*x.shape[:-1], output_TO.shape[-1])
 
         if not check.run(lambda: call_next(x), fused, cast or x.dtype, "a layer's output"):
             return call_next(x)

@@ -49,6 +49,7 @@ def adapted(dtype=torch.float64, bias=False, **given):
 
 
 def far(found, wanted):
+    found, wanted = found.detach(), wanted.detach()
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
@@ -99,7 +100,7 @@ def test_half_precision_is_no_further_off_than_plain_half_precision(tiny, tmp_pa
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,)])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8), (8,), (0, 8)])
 def test_a_layer_in_double_precision(bias, shape, tiny, tmp_path, text_rows):
     layer, x = adapted(bias=bias), torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
@@ -183,6 +184,33 @@ def test_it_says_where_a_layer_is_more_than_that(tiny, tmp_path, picture_rows, g
 def test_it_is_off_without_adapters(tiny, tmp_path, text_rows):
     row = row_of(speed_up(ready(tiny("qwen3"), text_rows, tmp_path, lora=False), ["fused_lora"]))
     assert not row.on and "peft" in row.reason
+
+
+def test_it_is_off_in_a_compiled_model(tiny, tmp_path, text_rows):
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora(), torch_compile=True)
+    row = row_of(speed_up(trainer, ["fused_lora"]))
+    assert not row.on and "grpo.torch_compile" in row.reason
+
+
+def test_layers_follow_their_adapters(tiny, tmp_path, text_rows):
+    """Another scaling, another adapter, two at once, adapters that were merged and unloaded."""
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
+    speedups = speed_up(trainer, ["fused_lora"])
+    layer = next(module for module in trainer.model.modules() if isinstance(module, Linear))
+    x = torch.randn(2, layer.in_features)
+
+    def by_hand(*names):
+        return layer.base_layer(x) + sum(layer.lora_B[n](layer.lora_A[n](x)) * layer.scaling[n] for n in names)
+
+    layer.set_scale("default", 0.5)
+    assert far(layer(x), by_hand("default")) < 1e-6
+    trainer.model.add_adapter("other", lora())
+    torch.nn.init.normal_(layer.lora_B["other"].weight)
+    for names in (["other"], ["default", "other"], ["default"]):
+        trainer.model.base_model.set_adapter(names)
+        assert far(layer(x), by_hand(*names)) < 1e-6
+    assert speedups.facts()["fused_lora"]["calls"] == 3  # two at once are PEFT's
+    assert not any(isinstance(module, Linear) for module in trainer.model.merge_and_unload().modules())
 
 
 def test_nobody_elses_forward_is_replaced(tiny, tmp_path, text_rows, monkeypatch):
