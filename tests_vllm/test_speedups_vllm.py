@@ -66,7 +66,8 @@ def test_importance_sampling_of_every_mode(colocated: Callable[..., Any], text_r
         assert 0.0 < share_at_the_clip(mode, batch["importance_sampling_ratio"]) < 1.0, case
         speedups = speed_up(trainer)
         on = {row.name for row in speedups.table() if row.on}
-        assert on == {"shared_prefix", "length_sort"} | ({"skip_dead"} if trainer.beta == 0.0 else set()), case
+        dead = {"skip_dead"} if trainer.beta == 0.0 else set()
+        assert on == {"shared_prefix", "length_sort", "fused_lora"} | dead, case
         fast, loss, gradients = computed(trainer)
         assert {row.name for row in speedups.table() if row.on} == on, f"{case}: a speed-up fell back"
         assert speedups.facts()["shared_prefix"]["shared_passes"] == 2 + (trainer.beta > 0.0), case
