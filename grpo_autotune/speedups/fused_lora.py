@@ -77,7 +77,9 @@ def parts_of(layer: Any, autocast: bool) -> Parts | None:
         return None
     name = active[0]
     base, a, b = modules = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    if not all(map(_is_plain, modules)) or getattr(layer.lora_dropout[name], "p", 0.0) > 0:
+    drop = layer.lora_dropout[name]
+    idle = type(drop) is nn.Identity or (type(drop) is nn.Dropout and drop.p == 0.0)
+    if not idle or _is_seen(drop) or not all(map(_is_plain, modules)):
         return None
     trained = any(weight.requires_grad for weight in base.parameters())
     several = not autocast and len({part.weight.dtype for part in modules}) > 1
@@ -88,7 +90,11 @@ def parts_of(layer: Any, autocast: bool) -> Parts | None:
 
 def _is_plain(part: nn.Module) -> bool:
     """True of a linear layer as torch has it, that nobody has put a hook on."""
-    return type(part) is nn.Linear and "forward" not in vars(part) and not any(vars(part).get(kind) for kind in HOOKS)
+    return type(part) is nn.Linear and type(part.weight) is nn.Parameter and not _is_seen(part)
+
+
+def _is_seen(part: nn.Module) -> bool:
+    return "forward" in vars(part) or any(vars(part).get(kind) for kind in HOOKS)
 
 
 def _layer(layer: Any, installed: Installed, check: SelfCheck) -> Layer:
@@ -125,7 +131,10 @@ class _Fused(torch.autograd.Function):
         bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
         low_TR = x_TI @ a_RI.T
         output_TO = nn.functional.linear(x_TI, weight_OI, bias_O).addmm_(low_TR, b_OR.T, alpha=scale)
-        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, low_TR)
+        for_x, _, _, for_a, for_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x_TI if for_a else None, weight_OI if for_x else None, a_RI, b_OR, low_TR if for_b else None
+        )
         ctx.scale = scale
         return output_TO
 
