@@ -52,11 +52,15 @@ class SelfCheck:
         What is drawn, as somebody's own noise does, is drawn again by whatever comes next. A `RuntimeError` is memory
         that ran out, or a GPU that failed."""
         if self.passed is None:
-            streams_back = random_streams()
+            streams_back, caching = random_streams(), torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(
+                False
+            )  # older torch would keep casts of weights that let no gradient through
             try:
                 with first_use():
                     self.passed = self._agree(plain, fast, dtype, what, again)
             finally:
+                torch.set_autocast_cache_enabled(caching)
                 streams_back()
         return self.passed
 

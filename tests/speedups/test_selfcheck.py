@@ -29,6 +29,21 @@ def raising(error: BaseException) -> Any:
     return call
 
 
+def test_casts_made_for_a_check_are_not_kept() -> None:
+    """Before torch 2.10 autocast would go on with them, and no gradient go through."""
+    layer, seen = torch.nn.Linear(4, 4), []
+
+    def computed() -> torch.Tensor:
+        seen.append(torch.is_autocast_cache_enabled())
+        return layer(torch.ones(2, 4))  # type: ignore[no-any-return]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SelfCheck(Installed("a speed-up")).run(computed, computed, torch.bfloat16, "values")
+        assert torch.is_autocast_cache_enabled()
+        layer(torch.ones(2, 4)).sum().backward()
+    assert seen == [False, False] and layer.weight.grad is not None
+
+
 @pytest.mark.parametrize("error", OF_THE_MACHINE)
 def test_a_check_that_meets_the_machine_decides_nothing(error: BaseException) -> None:
     installed = Installed("a speed-up")
