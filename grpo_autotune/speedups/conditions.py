@@ -152,6 +152,14 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 """Attributes of a module that hold its hooks."""
 
 
+def is_seen(module: nn.Module) -> bool:
+    """True where somebody counts the calls of a module, or makes them: a hook of its own or for all, or a forward."""
+    attributes = vars(module)
+    if "forward" in attributes or any(map(attributes.get, HOOKS)):
+        return True
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
 def foreign_hook(model: nn.Module) -> str | None:
     """The first hook of code outside `LIBRARIES` on a module or a weight of the model, in words, or None."""
     for module in model.modules():

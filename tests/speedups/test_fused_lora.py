@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support.exactness import generation, loss_and_gradients, ready
 from tests.support.pairs import patched
 
+from grpo_autotune.speedups import fused_lora  # isort: skip
+from grpo_autotune.speedups.fused_lora import FusedLora  # isort: skip
 from grpo_autotune.speedups.install import speed_up  # isort: skip
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,6 +40,10 @@ def lora(**given):
 
 def row_of(speedups):
     return next(row for row in speedups.table() if row.name == "fused_lora")
+
+
+def layer_of(trainer):
+    return next(module for module in trainer.model.modules() if isinstance(module, Linear))
 
 
 def adapted(dtype=torch.float64, bias=False, **given):
@@ -141,7 +148,7 @@ def test_passes_without_gradients_are_pefts(tiny, tmp_path, text_rows):
     """So are reference log-probs of a model whose adapters are disabled, and merged weights."""
     trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
     speedups = speed_up(trainer, ["fused_lora"])
-    layer = next(module for module in trainer.model.modules() if isinstance(module, Linear))
+    layer = layer_of(trainer)
     x = torch.randn(1, layer.in_features)
     with torch.no_grad():
         layer(x)
@@ -155,35 +162,141 @@ def test_passes_without_gradients_are_pefts(tiny, tmp_path, text_rows):
     assert speedups.facts()["fused_lora"]["calls"] == 1
 
 
-@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B", "lora_dropout", "all"])
 def test_somebody_who_looks_on_sees_every_module(tiny, tmp_path, text_rows, part):
     trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
     speedups = speed_up(trainer, ["fused_lora"])
-    layer = next(module for module in trainer.model.modules() if isinstance(module, Linear))
-    module, seen = getattr(layer, part), []
-    module = module["default"] if part != "base_layer" else module
-    handle = module.register_forward_hook(lambda *call: seen.append(call))
+    layer = layer_of(trainer)
+    seen = []
+    module = {"base_layer": layer.base_layer}.get(part) or getattr(layer, part, {"default": None})["default"]
+    register = torch.nn.modules.module.register_module_forward_hook if part == "all" else module.register_forward_hook
+    handle = register(lambda *call: seen.append(call))
     layer(torch.randn(1, layer.in_features))
-    assert len(seen) == 1 and speedups.facts()["fused_lora"]["calls"] == 0
+    assert seen and speedups.facts()["fused_lora"]["calls"] == 0
+    assert row_of(speedups).on and "left to PEFT so far: a layer or a part of it has hooks" in row_of(speedups).reason
     handle.remove()
+    count = len(seen)
     layer(torch.randn(1, layer.in_features))
-    assert len(seen) == 1 and speedups.facts()["fused_lora"]["calls"] == 1
+    assert len(seen) == count and speedups.facts()["fused_lora"]["calls"] == 1
+    assert "left to PEFT" not in row_of(speedups).reason
+
+
+@pytest.mark.parametrize("part", [torch.nn.Linear, Linear])
+def test_a_forward_that_is_replaced_later_is_called(tiny, tmp_path, text_rows, monkeypatch, part):
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
+    speedups = speed_up(trainer, ["fused_lora"])
+    layer, plain = layer_of(trainer), part.forward
+    x = torch.randn(2, layer.in_features)
+    layer(x)
+    monkeypatch.setattr(part, "forward", lambda self, x: plain(self, x) * 0.0)
+    assert not layer(x).any() and speedups.facts()["fused_lora"]["calls"] == 1
 
 
 @pytest.mark.parametrize(
-    "given",
-    [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True, "target_modules": ["q_proj"]}, {"bias": "all"}],
+    ("given", "told"),
+    [
+        ({"lora_dropout": 0.1}, "peft.lora_dropout is 0.1"),
+        ({"use_dora": True}, "peft.use_dora"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "peft.lora_bias"),
+        ({"bias": "all", "target_modules": ["q_proj"]}, "peft.bias"),
+    ],
 )
-def test_it_says_where_a_layer_is_more_than_that(tiny, tmp_path, picture_rows, given):
+def test_it_says_where_a_layer_is_more_than_that(tiny, tmp_path, picture_rows, given, told):
     trainer = ready(tiny("qwen2_5_vl"), picture_rows, tmp_path, lora=lora(**given))
     row = row_of(speed_up(trainer, ["fused_lora"]))
-    trained_in_part = given == {"bias": "all"}  # of query, key and value, which alone have one
-    assert row.on is trained_in_part and (row.on or "plain LoRA" in row.reason)
+    assert not row.on and told in row.reason
 
 
-def test_it_is_off_without_adapters(tiny, tmp_path, text_rows):
-    row = row_of(speed_up(ready(tiny("qwen3"), text_rows, tmp_path, lora=False), ["fused_lora"]))
-    assert not row.on and "peft" in row.reason
+def test_a_bias_that_is_trained_is_trained(tiny, tmp_path, picture_rows):
+    """Of query, key and value, which alone have one: the other layers are fused beside them."""
+    trainer = ready(tiny("qwen2_5_vl"), picture_rows, tmp_path, lora=lora(bias="all"))
+    batch = generation(trainer)
+    _, wanted = loss_and_gradients(trainer, batch)
+    speedups = speed_up(trainer, ["fused_lora"])
+    _, found = loss_and_gradients(trainer, batch)
+    assert speedups.facts()["fused_lora"]["calls"] > 0
+    assert any(name.endswith("q_proj.base_layer.bias") for name in wanted) and found.keys() == wanted.keys()
+    assert all(far(found[name], wanted[name]) < 1e-5 for name in wanted)
+
+
+def test_types_that_nothing_brings_together_are_pefts(tiny, tmp_path, text_rows):
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora(), model_init_kwargs={"dtype": torch.bfloat16})
+    row = row_of(speed_up(trainer, ["fused_lora"]))
+    assert not row.on and "model.dtype" in row.reason
+    layer, x = adapted(torch.float32), torch.randn(2, 8)
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
+    trainer.model.base_model.model.added = layer
+    speedups = speed_up(trainer, ["fused_lora"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        layer(x.double())  # as plain PEFT
+    assert speedups.facts()["fused_lora"]["calls"] == 1
+
+
+def test_a_dropout_that_is_somebodys_own_is_called(tiny, tmp_path, text_rows):
+    class Halving(torch.nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora(target_modules=["q_proj"]))
+    for layer in (module for module in trainer.model.modules() if isinstance(module, Linear)):
+        layer.lora_dropout["default"] = Halving()
+    row = row_of(speed_up(trainer, ["fused_lora"]))
+    assert not row.on and "other modules than torch's own" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("lacking", "told"), [("adapters", "peft"), ("FSDP", "shards"), ("ZeRO 3", "shards"), ("copies", "DataParallel")]
+)
+def test_it_is_off_where_there_is_nothing_to_fuse(tiny, tmp_path, text_rows, monkeypatch, lacking, told):
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lacking != "adapters" and lora())
+    if lacking == "FSDP":
+        monkeypatch.setattr(type(trainer), "is_fsdp_enabled", True, raising=False)
+        trainer.is_fsdp_enabled = True
+    if lacking == "ZeRO 3":
+        plugin = SimpleNamespace(zero_stage=3)
+        monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin)
+    if lacking == "copies":
+        trainer.args._n_gpu = 2
+    why = FusedLora().applies(trainer)
+    assert why is not None and told in why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_a_keeps_no_inputs(tiny, tmp_path, text_rows, dtype):
+    """LoRA-FA trains B alone: the layer's input is needed by nobody, as in PEFT."""
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
+    layer = adapted(torch.float32)
+    layer.lora_A["default"].requires_grad_(False)
+    trainer.model.base_model.model.added = layer
+
+    def kept():
+        x, bytes_ = torch.randn(512, 8, requires_grad=True).mul(1.0), []
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: (bytes_.append(t.nbytes), t)[1], lambda t: t),
+        ):
+            layer(x)
+        return sum(bytes_)
+
+    plain = kept()
+    speedups = speed_up(trainer, ["fused_lora"])
+    assert kept() <= plain + 1024  # of A and B themselves
+    assert speedups.facts()["fused_lora"]["calls"] == 1
+
+
+def test_scaling_does_not_overflow_half_precision(tiny, tmp_path, text_rows):
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
+    layer = adapted(torch.float16)
+    layer.set_scale("default", 1 / 64 / 3)
+    torch.nn.init.constant_(layer.lora_B["default"].weight, 60.0)
+    trainer.model.base_model.model.added = layer
+    speedups = speed_up(trainer, ["fused_lora"])
+    x = torch.randn(4, 8, dtype=torch.float16, requires_grad=True)
+    layer(x).backward(torch.full((4, 6), 500.0, dtype=torch.float16))
+    assert speedups.facts()["fused_lora"]["calls"] == 1
+    assert bool(x.grad.isfinite().all()) and bool(layer.lora_A["default"].weight.grad.isfinite().all())
 
 
 def test_it_is_off_in_a_compiled_model(tiny, tmp_path, text_rows):
@@ -196,7 +309,7 @@ def test_layers_follow_their_adapters(tiny, tmp_path, text_rows):
     """Another scaling, another adapter, two at once, adapters that were merged and unloaded."""
     trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
     speedups = speed_up(trainer, ["fused_lora"])
-    layer = next(module for module in trainer.model.modules() if isinstance(module, Linear))
+    layer = layer_of(trainer)
     x = torch.randn(2, layer.in_features)
 
     def by_hand(*names):
@@ -219,18 +332,35 @@ def test_nobody_elses_forward_is_replaced(tiny, tmp_path, text_rows, monkeypatch
     assert not row_of(speed_up(ready(tiny("qwen3"), text_rows, tmp_path, lora=lora()), ["fused_lora"])).on
 
 
-def test_a_difference_leaves_the_work_to_peft(tiny, tmp_path, text_rows, monkeypatch):
-    from grpo_autotune.speedups import fused_lora
+class Wrong:
+    """Stands for a formula with a mistake: of the scale, or of one gradient."""
 
-    right = fused_lora.parts_of
-    monkeypatch.setattr(fused_lora, "parts_of", lambda *of: right(*of)._replace(scale=5.0))
-    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora())
+    def __init__(self, what):
+        self._what, self._right = what, fused_lora._Fused.apply
+
+    def apply(self, x, weight, bias, a, b, scale):
+        if self._what == "scale":
+            return self._right(x, weight, bias, a, b, 2.0 * scale)
+        tensors = {"input": x, "A": a, "B": b}
+        wrong = tensors[self._what]
+        tensors[self._what] = 1.5 * wrong - 0.5 * wrong.detach()  # the same values, another gradient
+        return self._right(tensors["input"], weight, bias, tensors["A"], tensors["B"], scale)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("what", ["scale", "input", "A", "B"])
+def test_a_difference_leaves_the_work_to_peft(tiny, tmp_path, text_rows, monkeypatch, what, bf16):
+    """A fresh adapter's product is zero, and so is A's gradient; both are compared as in a trained one."""
+    monkeypatch.setattr(fused_lora, "_Fused", Wrong(what))
+    trainer = ready(tiny("qwen3"), text_rows, tmp_path, lora=lora(), spread=0.0, bf16=bf16)
     batch = generation(trainer)
     _, wanted = loss_and_gradients(trainer, batch)
+    weights = dict(trainer.model.named_parameters())
     speedups = speed_up(trainer, ["fused_lora"])
     _, found = loss_and_gradients(trainer, batch)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert not row_of(speedups).on and "a layer's output" in row_of(speedups).reason
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
+    assert not row_of(speedups).on and "a layer's output and gradients off by" in row_of(speedups).reason
+    assert all(weight is weights[name] for name, weight in trainer.model.named_parameters())
 
 
 def test_removal_leaves_nothing(tiny, tmp_path, text_rows):

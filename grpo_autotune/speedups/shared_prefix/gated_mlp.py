@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grpo_autotune.seams.layers import INNER, AttributeSlot, Handle, Next, wrap
-from grpo_autotune.speedups.conditions import HOOKS, replaced
+from grpo_autotune.speedups.conditions import is_seen, replaced
 
 ACTIVATIONS = {
     "torch.nn.modules.activation": {"SiLU"},
@@ -57,14 +57,9 @@ def _is_gated(module: nn.Module) -> bool:
     return replaced(act, "forward") is None and "forward" not in vars(module) and _code(type(module).forward) in FORMS
 
 
-def _is_seen(act: nn.Module) -> bool:
-    """True where somebody counts the calls of an activation, or makes them: here they are more."""
-    return "forward" in vars(act) or any(vars(act).get(kind) for kind in HOOKS)
-
-
 def _layer(mlp: Any, is_on: Callable[[], bool]) -> Callable[..., torch.Tensor]:
     def forward(call_next: Next, /, *args: Any, **kwargs: Any) -> Any:
-        hooked = _is_seen(mlp.act_fn) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        hooked = is_seen(mlp.act_fn) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if kwargs or len(args) != 1 or hooked or not (torch.is_grad_enabled() and is_on()):
             return call_next(*args, **kwargs)
         gate, up = mlp.gate_proj(*args), mlp.up_proj(*args)
